@@ -1,0 +1,1 @@
+export type { CellEvent, CellLog, CellNetwork, CellOptions, CellPhases, CellSpec, CellState } from "./cell.ts";

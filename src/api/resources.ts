@@ -78,6 +78,8 @@ export type Phases = z.infer<typeof phasesSchema>;
 
 export const cellSchema = z.object({
   id: idSchema,
+  /** Name of the tenant it belongs to: the operator sees several. */
+  tenant: nameSchema,
   service: nameSchema,
   revision: z.int(),
   nodeName: z.string().nullable(),
@@ -101,6 +103,8 @@ export type Cell = z.infer<typeof cellSchema>;
 
 export const serviceSchema = z.object({
   id: idSchema,
+  /** Name of the tenant it belongs to: the operator sees several. */
+  tenant: nameSchema,
   name: nameSchema,
   jurisdiction: jurisdictionSchema,
   revision: z.int(),

@@ -33,6 +33,7 @@ const registry = {
   NOT_FOUND: { exit: 3, http: 404, remedy: "Check the name; the matching list command shows what exists." },
   UNAUTHENTICATED: { exit: 4, http: 401, remedy: "Present a valid API token: `forge up` leaves one for the local user, an owner makes more with `forge token create`." },
   FORBIDDEN: { exit: 4, http: 403, remedy: "Ask an owner of the tenant for a token whose role allows this." },
+  TOO_MANY_ATTEMPTS: { exit: 4, http: 429, remedy: "Too many requests with invalid tokens came from this address: wait a minute, and check the token." },
   IMAGE_UNSIGNED: { exit: 5, http: 422, remedy: "Sign the image by its digest: `forge image sign`, or `cosign sign`." },
   IMAGE_SIGNATURE_UNTRUSTED: { exit: 5, http: 422, remedy: "Sign with a key the tenant trusts, or trust this key with `forge trust add`." },
   IMAGE_SIGNATURE_MISMATCH: { exit: 5, http: 422, remedy: "The signature belongs to another digest: the tag moved after signing. Sign what you mean to run." },

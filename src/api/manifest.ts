@@ -54,18 +54,20 @@ export const portSchema = z.strictObject({
 });
 
 /** Asked from inside the guest, on its loopback or its own address; the first success makes the cell ready. */
-export const healthSchema = z
-  .strictObject({
-    /** Path of an HTTP GET; healthy is 200 to 399. Absent: a TCP connection is enough. */
-    http: z.string().regex(/^\/[!-~]{0,512}$/, "must be a path that starts with /").optional(),
-    port: portNumberSchema,
-    interval: durationSchema.default("2s"),
-    timeout: durationSchema.default("1s"),
-    /** How long the cell may take from its start to its first success. */
-    grace: durationSchema.default("60s"),
-    /** Failures in a row, after readiness, that make the cell fail. */
-    failures: z.int().min(1).max(100).default(3),
-  });
+export const healthSchema = z.strictObject({
+  /** Path of an HTTP GET; healthy is 200 to 399. Absent: a TCP connection is enough. */
+  http: z
+    .string()
+    .regex(/^\/[!-~]{0,512}$/, "must be a path that starts with /")
+    .optional(),
+  port: portNumberSchema,
+  interval: durationSchema.default("2s"),
+  timeout: durationSchema.default("1s"),
+  /** How long the cell may take from its start to its first success. */
+  grace: durationSchema.default("60s"),
+  /** Failures in a row, after readiness, that make the cell fail. */
+  failures: z.int().min(1).max(100).default(3),
+});
 
 /** Who may open connections to this service, on which of its ports. Absent means denied. */
 export const policySchema = z.strictObject({
@@ -93,7 +95,10 @@ const serviceFields = {
   /** Replaces the image's entrypoint and command together. */
   command: z.array(argumentSchema).min(1).max(256).optional(),
   /** `user`, `uid`, `user:group` or `uid:gid`; absent: the image's. */
-  user: z.string().regex(/^[A-Za-z0-9._-]{1,64}(:[A-Za-z0-9._-]{1,64})?$/, "must be user, uid, user:group or uid:gid").optional(),
+  user: z
+    .string()
+    .regex(/^[A-Za-z0-9._-]{1,64}(:[A-Za-z0-9._-]{1,64})?$/, "must be user, uid, user:group or uid:gid")
+    .optional(),
   ports: z.array(portSchema).max(64).default([]),
   health: healthSchema.optional(),
   restart: z.enum(["always", "on-failure", "never"]).default("always"),
@@ -137,7 +142,10 @@ function checkPorts(service: { ports: readonly z.output<typeof portSchema>[] }, 
 }
 
 interface ManifestShape {
-  services: Record<string, { ports: { name: string; publish?: number | undefined }[]; policy: { allow: { from: string; port: string }[] } }>;
+  services: Record<
+    string,
+    { ports: { name: string; publish?: number | undefined }[]; policy: { allow: { from: string; port: string }[] } }
+  >;
 }
 
 function checkManifest(manifest: ManifestShape, context: z.RefinementCtx): void {
@@ -150,7 +158,11 @@ function checkManifest(manifest: ManifestShape, context: z.RefinementCtx): void 
       if (port.publish === undefined) continue;
       const other = published.get(port.publish);
       if (other !== undefined) {
-        context.addIssue({ code: "custom", path: ["services", name, "ports", index, "publish"], message: `is already published by ${other}` });
+        context.addIssue({
+          code: "custom",
+          path: ["services", name, "ports", index, "publish"],
+          message: `is already published by ${other}`,
+        });
       }
       published.set(port.publish, name);
     }

@@ -29,7 +29,15 @@ export type CellAssignment = z.infer<typeof cellAssignmentSchema>;
 
 /** A request that a person waits for; the agent answers by dialling /node/v1/sessions/:id as a WebSocket. */
 export const sessionRequestSchema = z.discriminatedUnion("kind", [
-  z.object({ kind: z.literal("exec"), id: z.string(), cell: z.string(), argv: z.array(z.string()), tty: z.boolean(), columns: z.int(), rows: z.int() }),
+  z.object({
+    kind: z.literal("exec"),
+    id: z.string(),
+    cell: z.string(),
+    argv: z.array(z.string()),
+    tty: z.boolean(),
+    columns: z.int(),
+    rows: z.int(),
+  }),
   z.object({ kind: z.literal("logs"), id: z.string(), cells: z.array(z.string()), follow: z.boolean(), tail: z.int() }),
 ]);
 export type SessionRequest = z.infer<typeof sessionRequestSchema>;
@@ -72,15 +80,51 @@ export const nodeFactsSchema = z.object({
 export type NodeFacts = z.infer<typeof nodeFactsSchema>;
 
 /** An entry of the node's spool, exactly as the node chained and signed it (audit/spool.ts). */
-export const spoolEntrySchema = z.object({ sequence: z.int(), previous: z.string(), event: z.string(), hash: z.string(), signature: z.string() });
+export const spoolEntrySchema = z.object({
+  sequence: z.int(),
+  previous: z.string(),
+  event: z.string(),
+  hash: z.string(),
+  signature: z.string(),
+});
 
 export const nodeRoutes = {
   /** On the API's own port, with a one-time token instead of a client certificate. */
-  join: { method: "POST", path: "/node/v1/join", body: z.strictObject({ joinToken: z.string(), csrPem: z.string().max(8192), spoolPublicKeyPem: z.string().max(2048), facts: nodeFactsSchema }), response: z.object({ nodeId: z.string(), certificatePem: z.string(), caPem: z.string(), installationPrefix: z.string() }) },
-  hello: { method: "POST", path: "/node/v1/hello", body: z.object({ facts: nodeFactsSchema }), response: z.object({ installationPrefix: z.string(), spoolSequence: z.int() }) },
-  desired: { method: "GET", path: "/node/v1/desired", query: z.strictObject({ after: z.coerce.number().int(), waitMs: z.coerce.number().int().min(0).max(60_000) }), response: desiredStateSchema },
-  report: { method: "POST", path: "/node/v1/report", body: z.object({ cells: z.array(cellReportSchema).max(4096), whole: z.boolean() }), response: z.object({ ok: z.literal(true) }) },
-  events: { method: "POST", path: "/node/v1/events", body: z.object({ entries: z.array(spoolEntrySchema).max(1000) }), response: z.object({ acceptedThrough: z.int() }) },
+  join: {
+    method: "POST",
+    path: "/node/v1/join",
+    body: z.strictObject({
+      joinToken: z.string(),
+      csrPem: z.string().max(8192),
+      spoolPublicKeyPem: z.string().max(2048),
+      facts: nodeFactsSchema,
+    }),
+    response: z.object({ nodeId: z.string(), certificatePem: z.string(), caPem: z.string(), installationPrefix: z.string() }),
+  },
+  hello: {
+    method: "POST",
+    path: "/node/v1/hello",
+    body: z.object({ facts: nodeFactsSchema }),
+    response: z.object({ installationPrefix: z.string(), spoolSequence: z.int() }),
+  },
+  desired: {
+    method: "GET",
+    path: "/node/v1/desired",
+    query: z.strictObject({ after: z.coerce.number().int(), waitMs: z.coerce.number().int().min(0).max(60_000) }),
+    response: desiredStateSchema,
+  },
+  report: {
+    method: "POST",
+    path: "/node/v1/report",
+    body: z.object({ cells: z.array(cellReportSchema).max(4096), whole: z.boolean() }),
+    response: z.object({ ok: z.literal(true) }),
+  },
+  events: {
+    method: "POST",
+    path: "/node/v1/events",
+    body: z.object({ entries: z.array(spoolEntrySchema).max(1000) }),
+    response: z.object({ acceptedThrough: z.int() }),
+  },
   blob: { method: "GET", path: "/node/v1/blobs/:digest", params: z.strictObject({ digest: digestSchema }), response: z.never() },
   session: { method: "GET", path: "/node/v1/sessions/:id", params: z.strictObject({ id: z.string() }), response: z.never() },
 } as const;

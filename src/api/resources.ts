@@ -59,7 +59,17 @@ export const tokenSchema = z.object({
 });
 export type Token = z.infer<typeof tokenSchema>;
 
-export const cellStateSchema = z.enum(["pending", "assigned", "preparing", "starting", "running", "backoff", "stopping", "stopped", "failed"]);
+export const cellStateSchema = z.enum([
+  "pending",
+  "assigned",
+  "preparing",
+  "starting",
+  "running",
+  "backoff",
+  "stopping",
+  "stopped",
+  "failed",
+]);
 export type CellState = z.infer<typeof cellStateSchema>;
 
 /** How a deploy's time was spent on the node, in milliseconds; a phase not reached yet is absent. */

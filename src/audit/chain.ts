@@ -48,7 +48,8 @@ export function eventText(event: AuditEvent): string {
   const parsed = auditEventSchema.safeParse(event);
   if (!parsed.success) throw new ForgeError("INVALID_INPUT", `not an audit event: ${z.prettifyError(parsed.error)}`);
   const text = canonicalJson(parsed.data);
-  if (Buffer.byteLength(text) > maxEventBytes) throw new ForgeError("TOO_LARGE", `an audit event of more than ${maxEventBytes} bytes: ${event.kind}`);
+  if (Buffer.byteLength(text) > maxEventBytes)
+    throw new ForgeError("TOO_LARGE", `an audit event of more than ${maxEventBytes} bytes: ${event.kind}`);
   return text;
 }
 
@@ -88,7 +89,12 @@ export async function verifyChain(
   const key = createPublicKey(publicKeyPem);
   let head = from;
   let count = 0;
-  const bad = (problem: ChainProblem, sequence = head.sequence + 1): ChainReport => ({ ok: false, entries: count, head, firstBad: { sequence, problem } });
+  const bad = (problem: ChainProblem, sequence = head.sequence + 1): ChainReport => ({
+    ok: false,
+    entries: count,
+    head,
+    firstBad: { sequence, problem },
+  });
 
   for await (const { entry, following } of withFollowing(entries)) {
     if (entry === undefined) return bad("malformed");
@@ -144,5 +150,10 @@ export function isSigned(entry: ChainEntry, key: KeyObject): boolean {
 function hashLink(link: { sequence: number; previous: string; event: string }): Buffer {
   const number = Buffer.alloc(8);
   number.writeBigUInt64BE(BigInt(link.sequence));
-  return createHash("sha256").update("forge-audit-entry-v1\0").update(number).update(link.previous, "hex").update(link.event, "utf8").digest();
+  return createHash("sha256")
+    .update("forge-audit-entry-v1\0")
+    .update(number)
+    .update(link.previous, "hex")
+    .update(link.event, "utf8")
+    .digest();
 }

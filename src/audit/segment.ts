@@ -46,7 +46,8 @@ function parseFrame(bytes: Buffer, start: number): { entries: ChainEntry[]; end:
   const bodyStart = start + headerBytes;
   if (bodyStart > bytes.length) return looksUnwritten(bytes, start) || isHeaderPrefix(bytes.subarray(start)) ? "torn" : "corrupt";
   const header = headerPattern.exec(bytes.toString("latin1", start, bodyStart));
-  if (header === null || hex(crc32(bytes.subarray(start, start + 18))) !== header[3]) return looksUnwritten(bytes, start) ? "torn" : "corrupt";
+  if (header === null || hex(crc32(bytes.subarray(start, start + 18))) !== header[3])
+    return looksUnwritten(bytes, start) ? "torn" : "corrupt";
   const end = bodyStart + Number.parseInt(header[1] ?? "", 16);
   if (end > bytes.length) return "torn";
   const body = bytes.subarray(bodyStart, end);
@@ -82,7 +83,7 @@ function parseLine(line: string): ChainEntry | undefined {
  * with no such sector was not torn by a crash: somebody or something changed a byte.
  */
 function looksUnwritten(bytes: Buffer, start: number): boolean {
-  for (let from = start; from < bytes.length; ) {
+  for (let from = start; from < bytes.length;) {
     const to = Math.min(bytes.length, from - (from % sectorBytes) + sectorBytes);
     if (bytes.subarray(from, to).every((byte) => byte === 0)) return true;
     from = to;

@@ -37,7 +37,7 @@ function parseKey(pem: Buffer, path: string): KeyObject {
 
 function signerOf(key: KeyObject): Signer {
   return {
-    publicKeyPem: createPublicKey(key).export({ type: "spki", format: "pem" }).toString(),
+    publicKeyPem: createPublicKey(key).export({ type: "spki", format: "pem" }),
     sign: (bytes) => sign(null, bytes, key),
   };
 }

@@ -132,7 +132,10 @@ export class Spool {
   async read(afterSequence: number, limit: number): Promise<ChainEntry[]> {
     const oldest = this.#segments[0]?.first ?? this.#head.sequence + 1;
     if (afterSequence + 1 < oldest && afterSequence < this.#head.sequence) {
-      throw new ForgeError("AUDIT_BROKEN", `entries ${afterSequence + 1} to ${oldest - 1} were acknowledged by the region and are gone from the spool`);
+      throw new ForgeError(
+        "AUDIT_BROKEN",
+        `entries ${afterSequence + 1} to ${oldest - 1} were acknowledged by the region and are gone from the spool`,
+      );
     }
     const durable = this.#head.sequence;
     const entries: ChainEntry[] = [];
@@ -166,7 +169,10 @@ export class Spool {
   async #acknowledge(throughSequence: number): Promise<void> {
     if (throughSequence <= this.#acknowledged.sequence) return;
     if (throughSequence > this.#head.sequence) {
-      throw new ForgeError("AUDIT_BROKEN", `the region acknowledges entry ${throughSequence}, this node's spool ends at ${this.#head.sequence}`);
+      throw new ForgeError(
+        "AUDIT_BROKEN",
+        `the region acknowledges entry ${throughSequence}, this node's spool ends at ${this.#head.sequence}`,
+      );
     }
     const [entry] = await this.read(throughSequence - 1, 1);
     if (entry?.sequence !== throughSequence) throw new ForgeError("AUDIT_BROKEN", `entry ${throughSequence} of the spool cannot be read`);
@@ -204,7 +210,11 @@ export class Spool {
   #takeBatch(): Waiting[] {
     const batch: Waiting[] = [];
     let bytes = 0;
-    for (let next = this.#queue[0]; next !== undefined && (batch.length === 0 || bytes + next.bytes <= maxAppendBytes); next = this.#queue[0]) {
+    for (
+      let next = this.#queue[0];
+      next !== undefined && (batch.length === 0 || bytes + next.bytes <= maxAppendBytes);
+      next = this.#queue[0]
+    ) {
       this.#queue.shift();
       this.#queuedBytes -= next.bytes;
       bytes += next.bytes;
@@ -262,9 +272,9 @@ export class Spool {
   }
 
   async #giveUpOpen(): Promise<void> {
-    const open = this.#open;
+    const given = this.#open;
     this.#open = undefined;
-    await open?.file.close();
+    await given?.file.close();
   }
 }
 
@@ -303,7 +313,10 @@ async function examine(folder: string, signer: Signer, options: Required<SpoolOp
   }
   if (last === undefined) return found;
   if (last.sequence < acknowledged.sequence) {
-    throw new ForgeError("AUDIT_BROKEN", `the audit spool ends at entry ${last.sequence}, but the region already has ${acknowledged.sequence}`);
+    throw new ForgeError(
+      "AUDIT_BROKEN",
+      `the audit spool ends at entry ${last.sequence}, but the region already has ${acknowledged.sequence}`,
+    );
   }
   if (!isSigned(last, createPublicKey(signer.publicKeyPem))) {
     throw new ForgeError("AUDIT_BROKEN", `entry ${last.sequence} of the audit spool is not signed by this node's key`);
@@ -313,9 +326,11 @@ async function examine(folder: string, signer: Signer, options: Required<SpoolOp
 
 /** The entry must follow the one before it; the first one found must follow genesis or what was acknowledged. */
 function checkNext(entry: ChainEntry, before: ChainEntry | undefined, acknowledged: Head, path: string): void {
-  const previous = before ?? (entry.sequence <= acknowledged.sequence ? { sequence: entry.sequence - 1, hash: entry.previous } : acknowledged);
+  const previous =
+    before ?? (entry.sequence <= acknowledged.sequence ? { sequence: entry.sequence - 1, hash: entry.previous } : acknowledged);
   const problem = checkLink(entry, previous);
-  if (problem !== undefined) throw new ForgeError("AUDIT_BROKEN", `the audit spool is damaged: ${problem} at entry ${entry.sequence} in ${path}`);
+  if (problem !== undefined)
+    throw new ForgeError("AUDIT_BROKEN", `the audit spool is damaged: ${problem} at entry ${entry.sequence} in ${path}`);
   if (entry.sequence === acknowledged.sequence && entry.hash !== acknowledged.hash) {
     throw new ForgeError("AUDIT_BROKEN", `entry ${entry.sequence} of the audit spool is not the one the region has`);
   }
@@ -365,6 +380,9 @@ async function openSegmentFile(path: string): Promise<SegmentFile> {
 function describe(error: unknown): ForgeError {
   if (error instanceof ForgeError) return error;
   const errno = errnoOf(error);
-  if (errno === "ENOSPC" || errno === "EDQUOT") return new ForgeError("DISK_FULL", "the audit spool of this node cannot be written: the disk is full", { cause: error });
-  return new ForgeError("AUDIT_UNAVAILABLE", `the audit spool of this node cannot be written (${errno ?? String(error)})`, { cause: error });
+  if (errno === "ENOSPC" || errno === "EDQUOT")
+    return new ForgeError("DISK_FULL", "the audit spool of this node cannot be written: the disk is full", { cause: error });
+  return new ForgeError("AUDIT_UNAVAILABLE", `the audit spool of this node cannot be written (${errno ?? String(error)})`, {
+    cause: error,
+  });
 }

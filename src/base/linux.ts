@@ -295,3 +295,76 @@ function loadLibc(): Libc {
     pidfd_send_signal: library.func("int pidfd_send_signal(int, int, void *, unsigned int)"),
   };
 }
+
+// libbpf --------------------------------------------------------------------------------------------------------
+
+/** libbpf 1.x as it is: integers are negative errnos on failure, pointers are null and set errno. bpf.ts gives it sense. */
+export interface Libbpf {
+  bpf_object__open_file(path: string, options: null): bigint | null;
+  bpf_object__load(object: bigint): number;
+  bpf_object__close(object: bigint): void;
+  bpf_object__find_map_by_name(object: bigint, name: string): bigint | null;
+  bpf_map__set_initial_value(map: bigint, value: Buffer, size: number): number;
+  bpf_object__find_program_by_name(object: bigint, name: string): bigint | null;
+  bpf_program__fd(program: bigint): number;
+  bpf_tc_hook_create(hook: Buffer): number;
+  bpf_tc_attach(hook: Buffer, options: Buffer): number;
+  bpf_tc_query(hook: Buffer, options: Buffer): number;
+  bpf_prog_get_fd_by_id(id: number): number;
+  bpf_map_get_fd_by_id(id: number): number;
+  bpf_obj_get_info_by_fd(fd: number, info: Buffer, length: Buffer): number;
+  bpf_map_update_elem(fd: number, key: Buffer, value: Buffer, flags: number): number;
+  bpf_map_lookup_elem(fd: number, key: Buffer, value: Buffer): number;
+  bpf_map_delete_elem(fd: number, key: Buffer): number;
+  bpf_map_get_next_key(fd: number, key: Buffer | null, next: Buffer): number;
+  bpf_prog_test_run_opts(fd: number, options: Buffer): number;
+  libbpf_num_possible_cpus(): number;
+}
+
+let loadedLibbpf: Libbpf | undefined;
+
+export function libbpf(): Libbpf {
+  return (loadedLibbpf ??= loadLibbpf());
+}
+
+/** The errno of the foreign call made last. */
+export function lastErrno(): number {
+  return koffi.errno();
+}
+
+/** Where a buffer's bytes are, for structures that point at others. The caller keeps the buffer alive. */
+export function addressOf(buffer: Buffer): bigint {
+  return koffi.address(buffer);
+}
+
+function loadLibbpf(): Libbpf {
+  let library;
+  try {
+    library = koffi.load("libbpf.so.1");
+  } catch (error) {
+    throw new ForgeError("UNSUPPORTED", "libbpf 1 is not installed", { cause: error });
+  }
+  // Failures come back as numbers; what libbpf prints about them would go past our log.
+  library.func("void *libbpf_set_print(void *)")(null);
+  return {
+    bpf_object__open_file: library.func("void *bpf_object__open_file(const char *, void *)"),
+    bpf_object__load: library.func("int bpf_object__load(void *)"),
+    bpf_object__close: library.func("void bpf_object__close(void *)"),
+    bpf_object__find_map_by_name: library.func("void *bpf_object__find_map_by_name(void *, const char *)"),
+    bpf_map__set_initial_value: library.func("int bpf_map__set_initial_value(void *, const void *, size_t)"),
+    bpf_object__find_program_by_name: library.func("void *bpf_object__find_program_by_name(void *, const char *)"),
+    bpf_program__fd: library.func("int bpf_program__fd(void *)"),
+    bpf_tc_hook_create: library.func("int bpf_tc_hook_create(void *)"),
+    bpf_tc_attach: library.func("int bpf_tc_attach(void *, void *)"),
+    bpf_tc_query: library.func("int bpf_tc_query(void *, void *)"),
+    bpf_prog_get_fd_by_id: library.func("int bpf_prog_get_fd_by_id(uint32_t)"),
+    bpf_map_get_fd_by_id: library.func("int bpf_map_get_fd_by_id(uint32_t)"),
+    bpf_obj_get_info_by_fd: library.func("int bpf_obj_get_info_by_fd(int, void *, void *)"),
+    bpf_map_update_elem: library.func("int bpf_map_update_elem(int, const void *, const void *, uint64_t)"),
+    bpf_map_lookup_elem: library.func("int bpf_map_lookup_elem(int, const void *, void *)"),
+    bpf_map_delete_elem: library.func("int bpf_map_delete_elem(int, const void *)"),
+    bpf_map_get_next_key: library.func("int bpf_map_get_next_key(int, const void *, void *)"),
+    bpf_prog_test_run_opts: library.func("int bpf_prog_test_run_opts(int, void *)"),
+    libbpf_num_possible_cpus: library.func("int libbpf_num_possible_cpus()"),
+  };
+}

@@ -1,10 +1,10 @@
-import { closeSync, existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { closeSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { ForgeError } from "../base/errors.ts";
-import { createNetns, inNetns, interfaceIndex, isErrno, isNetns, netlinkRequest, openTap, removeNetns } from "../base/linux.ts";
+import { createNetns, inNetns, interfaceIndex, isNetns, netlinkRequest, openTap, removeNetns } from "../base/linux.ts";
 import { gatewayMac, guestMac, linkMtu } from "./address.ts";
 import { addAddress, addHostRoute, addNeighbour, configureLink, deleteLink, raiseLink } from "./link.ts";
 import { type CellCounters, countersOf, isPoliced, police, policedAddresses, setPorts } from "./policy.ts";
+import { cellPath, namesIn, removeFolderIfEmpty, stateFolder } from "./state.ts";
 
 /**
  * A cell's place in the network: a namespace with nothing in it but one tap, policed before it goes up. All of it is
@@ -42,8 +42,8 @@ const tapName = "tap0";
  * nothing is left. CONFLICT where the cell is attached already.
  */
 export function attach(options: AttachOptions): Attachment {
-  const path = netnsPath(options.cellId, options.stateDir);
-  mkdirSync(netnsFolder(options.stateDir), { recursive: true, mode: 0o700 });
+  const path = cellPath(options.stateDir, "netns", options.cellId);
+  mkdirSync(stateFolder(options.stateDir, "netns"), { recursive: true, mode: 0o700 });
   if (existsSync(path)) throw new ForgeError("CONFLICT", `the cell ${options.cellId} is attached already`);
   createNetns(path, () => setUpNetns(options));
   return attachmentOf(options, path);
@@ -51,27 +51,22 @@ export function attach(options: AttachOptions): Attachment {
 
 /** Takes the cell off the network at once, also while its VMM still holds the tap. Idempotent. */
 export function detach(cellId: string, stateDir: string): void {
-  const path = netnsPath(cellId, stateDir);
+  const path = cellPath(stateDir, "netns", cellId);
   if (isNetns(path)) inNetns(path, deleteTap);
   removeNetns(path);
-  removeFolderIfEmpty(netnsFolder(stateDir));
+  removeFolderIfEmpty(stateFolder(stateDir, "netns"));
 }
 
 /** The identifiers of all attached cells, whole or half-made. */
 export function listAttachments(stateDir: string): string[] {
-  try {
-    return readdirSync(netnsFolder(stateDir));
-  } catch (error) {
-    if (isErrno(error, "ENOENT")) return [];
-    throw error;
-  }
+  return namesIn(stateFolder(stateDir, "netns"));
 }
 
 /** After a restart of the agent or the machine: whole attachments come back as they are, others are undone. */
 export function recover(stateDir: string): Attachment[] {
   const whole: Attachment[] = [];
   for (const cellId of listAttachments(stateDir)) {
-    const path = netnsPath(cellId, stateDir);
+    const path = cellPath(stateDir, "netns", cellId);
     const addresses = isNetns(path) ? inNetns(path, addressesIfWhole) : undefined;
     if (addresses === undefined) detach(cellId, stateDir);
     else whole.push(attachmentOf({ cellId, ...addresses }, path));
@@ -90,15 +85,9 @@ export function readCounters(cellId: string, stateDir: string): CellCounters {
 }
 
 function inTapNetns<T>(cellId: string, stateDir: string, body: (tapIndex: number) => T): T {
-  const path = netnsPath(cellId, stateDir);
+  const path = cellPath(stateDir, "netns", cellId);
   if (!isNetns(path)) throw new ForgeError("NOT_FOUND", `the cell ${cellId} is not attached`);
   return inNetns(path, () => body(tapIndex()));
-}
-
-/** Where a cell's namespace is held. */
- function netnsPath(cellId: string, stateDir: string): string {
-  if (!/^[A-Za-z0-9_-]{1,64}$/.test(cellId)) throw new ForgeError("INVALID_INPUT", `not a cell's identifier: ${JSON.stringify(cellId)}`);
-  return join(netnsFolder(stateDir), cellId);
 }
 
 function setUpNetns(options: AttachOptions): void {
@@ -171,16 +160,4 @@ function tapIndex(): number {
   const index = interfaceIndex(tapName);
   if (index === undefined) throw new ForgeError("NOT_FOUND", "the cell's tap is gone: it was detached");
   return index;
-}
-
-function netnsFolder(stateDir: string): string {
-  return join(stateDir, "netns");
-}
-
-function removeFolderIfEmpty(path: string): void {
-  try {
-    rmdirSync(path);
-  } catch (error) {
-    if (!isErrno(error, "ENOTEMPTY") && !isErrno(error, "ENOENT")) throw error;
-  }
 }

@@ -1,9 +1,24 @@
+import { type ChildProcessByStdio, spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { closeSync, existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
+import { constants } from "node:os";
+import { join } from "node:path";
+import type { Readable } from "node:stream";
 import { ForgeError } from "../base/errors.ts";
+import { childEnvironment } from "../base/exec.ts";
+import { isErrno, listenTcp, pidfdOpen, pidfdSendSignal, waitForExit } from "../base/linux.ts";
+import { cellPath, namesIn, removeFolderIfEmpty, stateFolder } from "./state.ts";
+
+/**
+ * Published ports. The listener is opened in the host's network namespace and handed to a proxy that lives in the
+ * cell's: there it can reach the cell and nothing else. Each port is one process of its own, unprivileged, in the cell's
+ * cgroup and in no relation to the agent, whose death it does not notice.
+ */
 
 export interface PublishOptions {
   readonly cellId: string;
   readonly netnsPath: string;
-  /** cgroup.procs files (v1: one per controller) the proxy joins before it runs. */
+  /** cgroup.procs files (v1: one a controller) that the proxy joins before it runs. */
   readonly cgroupProcsFiles: readonly string[];
   readonly listenAddress: string;
   readonly publishedPort: number;
@@ -11,20 +26,178 @@ export interface PublishOptions {
   readonly cellPort: number;
   readonly stateDir: string;
 }
+
 export interface Published {
   readonly cellId: string;
   readonly publishedPort: number;
   readonly pid: number;
 }
 
-export async function publish(_options: PublishOptions): Promise<Published> {
-  throw new ForgeError("UNSUPPORTED", "not yet");
+const proxyProgram = "/lib/systemd/systemd-socket-proxyd";
+const maxConnections = 1024;
+/** A connection takes two sockets and two pipes. */
+const maxOpenFiles = maxConnections * 6 + 128;
+
+/**
+ * Publishes a port of the cell, or returns the publication that lives already. Replicas may share a port; PORT_TAKEN
+ * where somebody else listens on it. When it resolves, connections are accepted.
+ */
+export async function publish(options: PublishOptions): Promise<Published> {
+  const { cellId, publishedPort, stateDir } = options;
+  const record = recordPath(cellId, publishedPort, stateDir);
+  const living = livingProcess(record);
+  if (living !== undefined) return { cellId, publishedPort, pid: living.pid };
+  if (!existsSync(proxyProgram)) throw new ForgeError("UNSUPPORTED", `the program ${proxyProgram} is not installed`);
+  mkdirSync(cellPath(stateDir, "published", cellId), { recursive: true, mode: 0o700 });
+  const listener = openListener(options);
+  try {
+    return { cellId, publishedPort, pid: await startProxy(options, record, listener) };
+  } finally {
+    closeSync(listener);
+  }
 }
-/** Stops every published port of the cell, or only the one named. Idempotent. */
-export async function unpublish(_cellId: string, _stateDir: string, _publishedPort?: number): Promise<void> {
-  throw new ForgeError("UNSUPPORTED", "not yet");
+
+/** Ends the cell's publications, or only that of one port; when it resolves their processes are gone. Idempotent. */
+export async function unpublish(cellId: string, stateDir: string, publishedPort?: number): Promise<void> {
+  const folder = cellPath(stateDir, "published", cellId);
+  const ports = publishedPort === undefined ? portsIn(folder) : [publishedPort];
+  await Promise.all(ports.map((port) => endProcess(recordPath(cellId, port, stateDir))));
+  removeFolderIfEmpty(folder);
+  removeFolderIfEmpty(stateFolder(stateDir, "published"));
 }
-/** The publications whose process lives, as they are after a restart of the agent. */
-export function listPublished(_stateDir: string): Published[] {
-  throw new ForgeError("UNSUPPORTED", "not yet");
+
+/** The publications whose process lives; after a restart of the agent they are as before. */
+export function listPublished(stateDir: string): Published[] {
+  return namesIn(stateFolder(stateDir, "published")).flatMap((cellId) =>
+    portsIn(cellPath(stateDir, "published", cellId)).flatMap((publishedPort) => {
+      const living = livingProcess(recordPath(cellId, publishedPort, stateDir));
+      return living === undefined ? [] : [{ cellId, publishedPort, pid: living.pid }];
+    }),
+  );
+}
+
+/** A foreigner who listens with SO_REUSEPORT would go unnoticed, so the first of our own asks for the port alone. */
+function openListener({ listenAddress, publishedPort, stateDir }: PublishOptions): number {
+  const isOurs = listPublished(stateDir).some((other) => other.publishedPort === publishedPort);
+  if (!isOurs) closeSync(listenTcp(listenAddress, publishedPort, { reusePort: false }));
+  return listenTcp(listenAddress, publishedPort, { reusePort: true });
+}
+
+/**
+ * Runs in the cell's network namespace, still privileged: joins the cgroups, records itself (process number and start
+ * time, which together never repeat) and says so, then becomes the proxy. LISTEN_FDS is sd_listen_fds(3).
+ */
+const launcher = `
+set -eu
+record=$1 files=$2
+shift 2
+while [ "$1" != -- ]; do echo $$ > "$1"; shift; done
+shift
+ulimit -n "$files"
+read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ start _ < /proc/$$/stat
+echo "$$ $start" > "$record"
+echo ready
+export LISTEN_PID=$$ LISTEN_FDS=1
+exec "$@" > /dev/null 2>&1
+`;
+
+async function startProxy(options: PublishOptions, record: string, listener: number): Promise<number> {
+  const user = String(unprivilegedUser(options.cellId));
+  const unprivileged = [`--reuid=${user}`, `--regid=${user}`, "--clear-groups", "--no-new-privs"];
+  const incapable = ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"];
+  // The target is a literal address, so nothing is ever looked up; systemd-socket-proxyd splits at the last colon.
+  const proxy = [proxyProgram, `--connections-max=${maxConnections}`, `${options.cellAddress}:${options.cellPort}`];
+  const child = spawn(
+    "nsenter",
+    [
+      `--net=${options.netnsPath}`,
+      ...["sh", "-c", launcher, "publish", record, String(maxOpenFiles), ...options.cgroupProcsFiles, "--"],
+      ...["setpriv", ...unprivileged, ...incapable, ...proxy],
+    ],
+    { detached: true, cwd: "/", env: { ...childEnvironment }, stdio: ["ignore", "pipe", "pipe", listener] },
+  ) as ChildProcessByStdio<null, Readable, Readable>;
+  try {
+    await untilReady(child);
+  } catch (error) {
+    child.kill("SIGKILL");
+    rmSync(record, { force: true });
+    throw error;
+  }
+  child.unref();
+  const living = livingProcess(record);
+  if (living === undefined) throw new ForgeError("EXEC_FAILED", `the proxy of port ${options.publishedPort} ended at once`);
+  return living.pid;
+}
+
+/** Resolves when the launcher has said that it is ready and let go of its output. */
+function untilReady(child: ChildProcessByStdio<null, Readable, Readable>): Promise<void> {
+  const timeoutMs = 10_000;
+  return new Promise((resolve, reject) => {
+    let said = "";
+    let complaint = "";
+    const timer = setTimeout(() => reject(new ForgeError("TIMEOUT", `a proxy did not start within ${timeoutMs} ms`)), timeoutMs);
+    child.stdout.on("data", (chunk: Buffer) => (said += chunk.toString()));
+    child.stderr.on("data", (chunk: Buffer) => (complaint = (complaint + chunk.toString()).slice(-600)));
+    child.once("error", (error) => {
+      clearTimeout(timer);
+      reject(new ForgeError("EXEC_FAILED", `a proxy could not be started: ${error.message}`, { cause: error }));
+    });
+    child.stdout.once("close", () => {
+      clearTimeout(timer);
+      if (said === "ready\n") resolve();
+      else reject(new ForgeError("EXEC_FAILED", `a proxy could not be started: ${complaint.trim() || "it ended without a word"}`));
+    });
+  });
+}
+
+/**
+ * A user of the cell's own, so that proxies of two cells are strangers: the 2^24 numbers from 0x70000000, which systemd's
+ * list of user numbers (UIDS-GIDS) leaves unused.
+ */
+function unprivilegedUser(cellId: string): number {
+  return 0x70000000 + createHash("sha256").update(`publish:${cellId}`).digest().readUIntBE(0, 3);
+}
+
+async function endProcess(record: string): Promise<void> {
+  const living = livingProcess(record);
+  const pidfd = living === undefined ? undefined : pidfdOpen(living.pid);
+  if (pidfd !== undefined) {
+    try {
+      // Looked at again now that the descriptor pins it: the number may have been used anew in between.
+      if (livingProcess(record) !== undefined && pidfdSendSignal(pidfd, constants.signals.SIGKILL)) {
+        const ended = await waitForExit(pidfd, 5_000);
+        if (!ended) throw new ForgeError("TIMEOUT", "a proxy did not end within 5000 ms of SIGKILL");
+      }
+    } finally {
+      closeSync(pidfd);
+    }
+  }
+  rmSync(record, { force: true });
+}
+
+/** The process a record speaks of, where that very process still runs. */
+function livingProcess(record: string): { pid: number } | undefined {
+  const [, pid, start] = /^(\d+) (\d+)\n$/.exec(readIfPresent(record)) ?? [];
+  if (pid === undefined) return undefined;
+  // proc(5): the name, which may hold anything, ends with the last parenthesis; then state (3rd field) … start time (22nd).
+  const stat = readIfPresent(`/proc/${pid}/stat`);
+  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+  return fields[0] !== "Z" && fields[0] !== "X" && fields[19] === start ? { pid: Number(pid) } : undefined;
+}
+
+function readIfPresent(path: string): string {
+  try {
+    return readFileSync(path, "latin1");
+  } catch (error) {
+    if (isErrno(error, "ENOENT") || isErrno(error, "ESRCH")) return "";
+    throw error;
+  }
+}
+
+function portsIn(folder: string): number[] {
+  return namesIn(folder).filter((name) => /^\d{1,5}$/.test(name)).map(Number);
+}
+
+function recordPath(cellId: string, publishedPort: number, stateDir: string): string {
+  return join(cellPath(stateDir, "published", cellId), String(publishedPort));
 }

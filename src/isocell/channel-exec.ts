@@ -148,35 +148,44 @@ export class ExecSession {
 class CreditedOutput {
   readonly readable: Readable;
   readonly #grant: (bytes: number) => void;
+  readonly #waiting: Buffer[] = [];
   #credit = outputWindowBytes;
-  /** Read by nobody yet. */
-  #owedBytes = 0;
   #ended = false;
+  #news = Promise.withResolvers<void>();
 
   constructor(grant: (bytes: number) => void) {
     this.#grant = grant;
-    this.readable = new Readable({ highWaterMark: outputWindowBytes, read: () => this.#repay() });
+    this.readable = Readable.from(this.#chunks(), { objectMode: true, highWaterMark: 1 });
   }
 
   push(bytes: Buffer): void {
     this.#credit -= bytes.length;
     if (this.#credit < 0) throw new ForgeError("GUEST_PROTOCOL", "the guest sent more output than it was given room for");
-    this.#owedBytes += bytes.length;
-    this.readable.push(Buffer.from(bytes)); // a copy: the chunk it lies in must not live as long as the reader is slow
+    this.#waiting.push(Buffer.from(bytes)); // a copy: the chunk it lies in must not live as long as the reader is slow
+    this.#news.resolve();
   }
 
   end(): void {
-    if (!this.#ended) this.readable.push(null);
     this.#ended = true;
+    this.#news.resolve();
   }
 
-  /** Called when the reader wants more: what it has taken is owed back, in pieces worth a frame. */
-  #repay(): void {
-    const taken = this.#owedBytes - this.readable.readableLength;
-    if (this.#ended || taken < outputWindowBytes / 4) return;
-    this.#owedBytes -= taken;
-    this.#credit += taken;
-    this.#grant(taken);
+  /** Resumed when the reader has room again: what it took is owed to the guest, in pieces worth a frame. */
+  async *#chunks(): AsyncGenerator<Buffer, void, undefined> {
+    let owedBytes = 0;
+    for (;;) {
+      for (let chunk = this.#waiting.shift(); chunk !== undefined; chunk = this.#waiting.shift()) {
+        yield chunk;
+        owedBytes += chunk.length;
+        if (this.#ended || (owedBytes < outputWindowBytes / 4 && this.#waiting.length > 0)) continue;
+        this.#credit += owedBytes;
+        this.#grant(owedBytes);
+        owedBytes = 0;
+      }
+      if (this.#ended) return;
+      await this.#news.promise;
+      this.#news = Promise.withResolvers<void>();
+    }
   }
 }
 

@@ -43,8 +43,6 @@ export interface Launch {
   readonly files: readonly { readonly path: string; readonly content: string }[];
   /** No file the process writes grows beyond this: a hostile guest cannot fill the disk through its console. */
   readonly maxFileBytes: number;
-  /** Host memory on top of the guest's own that the process may use; the cgroup's limit is the sum. */
-  readonly overheadMib: number;
 }
 
 export interface Vmm {
@@ -53,6 +51,8 @@ export interface Vmm {
   readonly description: string;
   /** True where no hardware isolates the guest: development and CI only. */
   readonly emulated: boolean;
+  /** Host memory on top of the guest's own that the process may use; the limit of its control group is the sum. */
+  overheadMib(size: { readonly vcpus: number; readonly memoryMib: number }): number;
   /** Pure: the same boot gives the same launch. Throws UNSUPPORTED for what this driver cannot run. */
   buildLaunch(boot: CellBoot): Launch;
 }

@@ -113,7 +113,7 @@ export async function readTar(source: AsyncIterable<Buffer>, tree: ImageTree): P
     content.on("end", () => next(null));
     content.resume();
   });
-  const finished = once(archive, "finish");
+  const finished = new Promise<void>((resolve, reject) => archive.once("finish", resolve).once("error", reject));
   finished.catch(() => undefined); // also seen by the race below
   let failed = false;
   archive.on("error", () => (failed = true));
@@ -121,7 +121,7 @@ export async function readTar(source: AsyncIterable<Buffer>, tree: ImageTree): P
     if (!archive.write(chunk)) await Promise.race([once(archive, "drain"), finished]);
     if (failed) break;
   }
-  if (!failed) archive.end();
+  if (!failed) archive.end(undefined);
   await finished;
 }
 

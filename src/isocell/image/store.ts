@@ -1,8 +1,8 @@
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { type FileHandle, open, readdir, rm, stat } from "node:fs/promises";
+import { type FileHandle, mkdtemp, open, readdir, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
-import type { Readable } from "node:stream";
+import { Readable } from "node:stream";
 import { digestSchema } from "../../api/resources.ts";
 import { makeDirectory, renameDurable } from "../../base/durable.ts";
 import { errnoOf, ForgeError, toForgeError } from "../../base/errors.ts";
@@ -31,7 +31,7 @@ export class ImageStore {
     const store = new ImageStore(folder);
     await makeDirectory(store.#blobs);
     await makeDirectory(store.#incoming);
-    for (const name of await readdir(store.#incoming)) await rm(join(store.#incoming, name), { force: true });
+    for (const name of await readdir(store.#incoming)) await rm(join(store.#incoming, name), { recursive: true, force: true });
     return store;
   }
 
@@ -58,6 +58,11 @@ export class ImageStore {
       await rm(temporary, { force: true }).catch(() => undefined); // the first failure is the one to report
       throw toForgeError(error);
     }
+  }
+
+  /** Stores a small blob that is already in memory. */
+  async putDocument(digest: string, bytes: Buffer): Promise<void> {
+    await this.putBlob(digest, Readable.from([bytes]), { maxBytes: maximumDocumentBytes });
   }
 
   async hasBlob(digest: string): Promise<boolean> {
@@ -126,6 +131,16 @@ export class ImageStore {
   async resolvePlatform(digest: string): Promise<string> {
     const document = parseDocument(await this.readBlob(digest), `the document ${digest}`);
     return document.kind === "manifest" ? digest : selectPlatform(document.index, `the index ${digest}`).digest;
+  }
+
+  /** A folder for files on their way into the store, removed when `work` is done. */
+  async withTemporary<T>(work: (folder: string) => Promise<T>): Promise<T> {
+    const folder = await mkdtemp(join(this.#incoming, "work-"));
+    try {
+      return await work(folder);
+    } finally {
+      await rm(folder, { recursive: true, force: true });
+    }
   }
 
   blobPath(digest: string): string {

@@ -364,7 +364,7 @@ function acknowledgedPath(folder: string): string {
   return join(folder, "acknowledged.json");
 }
 
-async function openSegmentFile(path: string): Promise<SegmentFile> {
+export async function openSegmentFile(path: string): Promise<SegmentFile> {
   const file: FileHandle = await open(path, constants.O_RDWR | constants.O_CREAT | constants.O_APPEND, 0o600);
   return {
     size: async () => (await file.stat()).size,

@@ -4,5 +4,5 @@ export type { Attachment, AttachOptions } from "./attach.ts";
 export { createAuthority, createCsr, issueNodeCertificate, issueServerCertificate, loadAuthority, verifyNodeCertificate } from "./identity.ts";
 export type { Authority, IssuedCertificate } from "./identity.ts";
 export type { CellCounters, Counter, DropReason } from "./policy.ts";
-export { listPublished, publish, unpublish } from "./publish.ts";
+export { checkPublishable, listPublished, publish, unpublish } from "./publish.ts";
 export type { Published, PublishOptions } from "./publish.ts";

@@ -76,10 +76,17 @@ export function listPublished(stateDir: string): Published[] {
   );
 }
 
-/** A foreigner who listens with SO_REUSEPORT would go unnoticed, so the first of our own asks for the port alone. */
-function openListener({ listenAddress, publishedPort, stateDir }: PublishOptions): number {
+/**
+ * Throws PORT_TAKEN where somebody else listens on the port. A foreigner who listens with SO_REUSEPORT would go
+ * unnoticed, so the first of our own asks for the port alone.
+ */
+export function checkPublishable(listenAddress: string, publishedPort: number, stateDir: string): void {
   const isOurs = listPublished(stateDir).some((other) => other.publishedPort === publishedPort);
   if (!isOurs) closeSync(listenTcp(listenAddress, publishedPort, { reusePort: false }));
+}
+
+function openListener({ listenAddress, publishedPort, stateDir }: PublishOptions): number {
+  checkPublishable(listenAddress, publishedPort, stateDir);
   return listenTcp(listenAddress, publishedPort, { reusePort: true });
 }
 
@@ -151,11 +158,11 @@ function untilReady(child: ChildProcessByStdio<null, Readable, Readable>): Promi
 }
 
 /**
- * A user of the cell's own, so that proxies of two cells are strangers: the 2^24 numbers from 0x70000000, which systemd's
+ * A user of the cell's own, so that proxies of two cells are strangers: the 2^24 numbers from 0x71000000 (VMMs have those from 0x70000000), which systemd's
  * list of user numbers (UIDS-GIDS) leaves unused.
  */
 function unprivilegedUser(cellId: string): number {
-  return 0x70000000 + createHash("sha256").update(`publish:${cellId}`).digest().readUIntBE(0, 3);
+  return 0x71000000 + createHash("sha256").update(`publish:${cellId}`).digest().readUIntBE(0, 3);
 }
 
 async function endProcess(record: string): Promise<void> {

@@ -118,17 +118,18 @@ export class RootfsCache {
   }
 
   async #prepare(digest: string): Promise<RootfsArtifact> {
-    const cached = await this.#load(digest);
+    const cached = await this.lookup(digest);
     if (cached !== undefined) return cached;
     const release = await waitForLock(this.#lockPath, lockTimeoutMs);
     try {
-      return (await this.#load(digest)) ?? (await this.#build(digest));
+      return (await this.lookup(digest)) ?? (await this.#build(digest));
     } finally {
       await release();
     }
   }
 
-  async #load(digest: string): Promise<RootfsArtifact | undefined> {
+  /** The artifact where it is ready, its seal checked: neither the image's blobs nor a build is needed then. */
+  async lookup(digest: string): Promise<RootfsArtifact | undefined> {
     const bytes = await readIfExists(join(this.#pathOf(digest), "record.json"));
     if (bytes === undefined) return undefined;
     const artifact = parseRecord(bytes, digest);

@@ -127,6 +127,14 @@ export class ImageStore {
     };
   }
 
+  /** The blobs a platform's manifest is made of, itself not among them; they need not be stored yet. */
+  async references(manifestDigest: string): Promise<string[]> {
+    const name = `the manifest ${manifestDigest}`;
+    const document = parseDocument(await this.readBlob(manifestDigest), name);
+    if (document.kind === "index") throw new ForgeError("IMAGE_REFUSED", `${name} is an index inside an index`);
+    return [document.manifest.config, ...document.manifest.layers].map(({ digest }) => digest);
+  }
+
   /** The digest of the manifest for this machine: the digest itself, or the index's entry. */
   async resolvePlatform(digest: string): Promise<string> {
     const document = parseDocument(await this.readBlob(digest), `the document ${digest}`);

@@ -20,7 +20,7 @@ export function checkYamlBounds(text: string, file: string): void {
   for (const token of new Lexer().lex(text)) {
     tokens += 1;
     if (tokens > maximumTokens) throw tooMuch(file, line, "has more parts than a manifest can need");
-    const type = isScalar ? "scalar" : CST.tokenType(token);
+    const type: CST.TokenType | null = isScalar ? "scalar" : CST.tokenType(token);
     isScalar = !isScalar && type === "scalar";
     if (type === "flow-seq-start" || type === "flow-map-start") flowDepth += 1;
     else if (type === "flow-seq-end" || type === "flow-map-end") flowDepth = Math.max(0, flowDepth - 1);

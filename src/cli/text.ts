@@ -17,14 +17,20 @@ function visible(character: string): string {
 }
 
 const wide = /\p{Emoji_Presentation}|\p{Script=Han}|\p{Script=Hiragana}|\p{Script=Katakana}|\p{Script=Hangul}|[\uff01-\uff60]/u;
-const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
+let segmenter: Intl.Segmenter | undefined;
+
+/** Made when first needed: loading its tables takes milliseconds that `forge --version` has no use for. */
+function graphemes(text: string): Intl.Segments {
+  segmenter ??= new Intl.Segmenter("en", { granularity: "grapheme" });
+  return segmenter.segment(text);
+}
 
 /** Columns a text takes on a terminal. */
 export function displayWidth(text: string): number {
   // eslint-disable-next-line no-control-regex -- the fast path is plain ASCII
   if (/^[\u0020-\u007e]*$/.test(text)) return text.length;
   let width = 0;
-  for (const { segment } of segmenter.segment(text)) width += wide.test(segment) ? 2 : 1;
+  for (const { segment } of graphemes(text)) width += wide.test(segment) ? 2 : 1;
   return width;
 }
 
@@ -33,7 +39,7 @@ export function truncate(text: string, width: number): string {
   if (displayWidth(text) <= width) return text;
   let kept = "";
   let used = 0;
-  for (const { segment } of segmenter.segment(text)) {
+  for (const { segment } of graphemes(text)) {
     const columns = displayWidth(segment);
     if (used + columns > width - 1) break;
     kept += segment;

@@ -24,7 +24,7 @@ export interface CellSpec {
   readonly memoryMib: number;
   /** Host CPUs this cell has for itself, allocated by the caller; null: shared. */
   readonly cpus: readonly number[] | null;
-  readonly network: CellNetwork | null;
+  readonly network: CellNetwork;
 }
 
 /** The cell's side of the mesh, made before the VMM exists. */
@@ -204,9 +204,9 @@ export class IsoCells {
       vcpus: spec.vcpus,
       memoryMib: spec.memoryMib,
       cpus: spec.cpus,
-      netnsPath: spec.network?.netnsPath ?? null,
-      tapFd: spec.network?.tapFd ?? null,
-      guestMac: spec.network?.guestMac ?? "02:f0:00:00:00:02",
+      netnsPath: spec.network.netnsPath,
+      tapFd: spec.network.tapFd,
+      guestMac: spec.network.guestMac,
       channelPath: join(cellDir, files.channel),
       consolePath: join(cellDir, files.console),
       uid,

@@ -123,15 +123,15 @@ function network(boot: CellBoot): string[] {
 }
 
 /**
- * Before the guest's first instruction QEMU locks itself into an empty folder, becomes an unprivileged user of its own,
- * and gives up starting programs. `elevateprivileges=children` rather than `deny`: `deny` forbids the very setuid that
- * drops root; with `children` no_new_privs is set, so that root is out of reach all the same.
+ * Before the guest's first instruction QEMU locks itself into an empty folder, becomes an unprivileged user of its own, and
+ * gives up starting programs. `elevateprivileges` stays allowed because its filter is in force before that step and would
+ * forbid the very setuid that drops root; no_new_privs, which the filter brings along, keeps root out of reach after it.
  */
 function confinement(boot: CellBoot): string[] {
   return [
     "-chroot", join(boot.cellDir, "jail"),
     "-runas", `${boot.uid}:${boot.gid}`,
-    "-sandbox", "on,obsolete=deny,elevateprivileges=children,spawn=deny,resourcecontrol=deny",
+    "-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=deny,resourcecontrol=deny",
   ];
 }
 

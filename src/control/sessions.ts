@@ -10,7 +10,8 @@ interface Pending {
 }
 
 const maxPending = 256;
-const rendezvousMs = 10_000;
+/** Less than the 10 s a client gives its WebSocket handshake, so that it hears why. */
+const rendezvousMs = 8000;
 /** Above this a receiver counts as slow and its sender is paused. */
 const highWaterBytes = 1024 * 1024;
 const pingMs = 30_000;
@@ -25,7 +26,7 @@ export function newSessionId(): string {
 
 /**
  * Where a person who waits and the node's agent that dials meet. The request travels in the node's desired state; its
- * identifier works once, for that node only, for ten seconds.
+ * identifier works once, for that node only, for a few seconds.
  */
 export class SessionBroker {
   readonly #pending = new Map<string, Pending>();

@@ -66,6 +66,7 @@ export function databaseError(thrown: unknown): ForgeError {
   const message = thrown instanceof Error ? thrown.message : String(thrown);
   if (code === "53100") return new ForgeError("DISK_FULL", "the database has no space left on its disk", { cause: thrown });
   if (code === "23505") return new ForgeError("CONFLICT", "something with this name exists already", { cause: thrown });
+  if (/^22[0-9A-Z]{3}$/.test(code)) return new ForgeError("INVALID_INPUT", `the database cannot hold a value of the request: ${message}`, { cause: thrown });
   if (isUnreachable(code, message)) return new ForgeError("DATABASE_UNAVAILABLE", `the database does not answer: ${message}`, { cause: thrown });
   return toForgeError(thrown);
 }

@@ -156,17 +156,17 @@ export const commands: readonly CommandEntry[] = [
     run: async (cli, _args, flags) => (await import("./events.ts")).events(cli, flags),
   },
   {
+    words: "nodes",
+    summary: "the region's machines and their room",
+    examples: ["forge nodes"],
+    run: async (cli) => (await import("./nodes.ts")).nodes(cli),
+  },
+  {
     group: "audit",
     words: "verify",
     summary: "check the audit log's whole chain and its signatures",
     examples: ["forge audit verify", "forge audit verify --json"],
     run: async (cli) => (await import("./audit.ts")).verify(cli),
-  },
-  {
-    words: "nodes",
-    summary: "the region's machines and their room",
-    examples: ["forge nodes"],
-    run: async (cli) => (await import("./nodes.ts")).nodes(cli),
   },
   {
     group: "image",

@@ -58,8 +58,7 @@ export class ForgeHome {
     const caPem = await this.#caPem(stored);
     const token = this.#env["FORGE_TOKEN"] ?? stored?.token;
     if (apiUrl === undefined || caPem === undefined || token === undefined) {
-      const absent = [apiUrl === undefined ? "FORGE_API" : "", caPem === undefined ? "FORGE_CA" : "", token === undefined ? "FORGE_TOKEN" : ""];
-      const message = `no runtime is known here: ${this.path("context.json")} does not exist and ${absent.filter((name) => name !== "").join(", ")} is not set`;
+      const message = `no runtime is known here: there is no ${this.path("context.json")}, and FORGE_API, FORGE_CA and FORGE_TOKEN are not all set`;
       throw new ForgeError("UNAVAILABLE", message);
     }
     if (!URL.canParse(apiUrl) || new URL(apiUrl).protocol !== "https:") throw new ForgeError("USAGE", `FORGE_API must be an https:// URL, not ${apiUrl}`);

@@ -1,5 +1,5 @@
 import { readFileSync } from "node:fs";
-import { Command, CommanderError } from "commander";
+import { type Argument, Command, CommanderError } from "commander";
 import { errnoOf, ForgeError, toForgeError } from "../base/errors.ts";
 import { type CommandEntry, type CommandGroup, commands, type Flags, groups } from "./commands.ts";
 import { exitCodesText } from "./exit-codes.ts";
@@ -49,13 +49,17 @@ export function version(): string {
 async function parse(argv: readonly string[], cli: Cli): Promise<number> {
   let exit = 0;
   const program = buildProgram(cli, (code) => (exit = code));
+  if (argv.every((word) => word === "--json")) {
+    program.outputHelp();
+    return 0;
+  }
   try {
     await program.parseAsync(argv, { from: "user" });
   } catch (error) {
     if (!(error instanceof CommanderError)) throw error;
     if (error.exitCode === 0) return 0; // help and version were printed
     const message = error.message.replace(/^error: /, "").replace(/\n/g, " ");
-    throw new ForgeError("USAGE", message === "(outputHelp)" ? "a command is missing: choose one of those above" : message);
+    throw new ForgeError("USAGE", message === "(outputHelp)" ? `\`forge ${argv[0]}\` needs one of its commands` : message);
   }
   return exit;
 }
@@ -66,31 +70,42 @@ export function buildProgram(cli: Cli, setExit: (code: number) => void = () => u
   const program = new Command("forge")
     .description("The sovereign runtime: signed OCI images as policed, audited microVMs inside a named jurisdiction.")
     .version(version(), "-V, --version", "print the version")
+    .option("--json", "print results as JSON on stdout, errors as JSON on stderr")
     .helpOption("-h, --help", "show this help")
     .helpCommand(false)
     .enablePositionalOptions()
     .exitOverride()
-    .configureOutput({ writeOut: (text) => terminal.stdout.write(text), writeErr: () => undefined, outputError: () => undefined })
-    .configureHelp({ styleTitle: (title) => terminal.paint("bold", title), showGlobalOptions: false })
+    .configureOutput({
+      writeOut: (text) => terminal.stdout.write(text),
+      writeErr: (text) => !terminal.json && terminal.stderr.write(text), // the help of a group whose command is missing
+      outputError: () => undefined, // report() prints errors
+    })
+    .configureHelp({ styleTitle: (title) => terminal.paint("bold", title), subcommandTerm })
     .addHelpText("after", "\nStart with `forge up`. More on one command: `forge help COMMAND`. Exit codes: `forge help exit-codes`.");
-  program.action(() => program.outputHelp());
   const parents = new Map<CommandGroup, Command>();
-  for (const [name, summary] of Object.entries(groups) as [CommandGroup, string][]) {
-    const parent = program.command(name).summary(summary).description(summary).helpGroup("Commands:").usage("COMMAND [options]");
-    parent.action(() => {
-      terminal.stderr.write(parent.helpInformation());
-      throw new CommanderError(2, "forge.group", `forge ${name} needs one of its commands`);
-    });
-    parents.set(name, parent);
-  }
-  for (const entry of commands) addCommand(entry.group === undefined ? program : (parents.get(entry.group) ?? program), entry, cli, setExit);
+  const parentOf = (group: CommandGroup): Command => {
+    const parent = parents.get(group) ?? program.command(group).helpCommand(false).summary(groups[group]).description(groups[group]).usage("COMMAND [options]");
+    parents.set(group, parent);
+    return parent;
+  };
+  for (const entry of commands) addCommand(entry.group === undefined ? program : parentOf(entry.group), entry, cli, setExit);
   addHelp(program, terminal);
   return program;
 }
 
+/** `logs <service>`: that every command has options needs no saying. */
+function subcommandTerm(command: Command): string {
+  return [command.name(), ...command.registeredArguments.map((argument) => humanReadable(argument))].join(" ");
+}
+
+function humanReadable(argument: Argument): string {
+  const name = argument.name() + (argument.variadic ? "..." : "");
+  return argument.required ? `<${name}>` : `[${name}]`;
+}
+
 function addCommand(parent: Command, entry: CommandEntry, cli: Cli, setExit: (code: number) => void): void {
   const command = parent.command(entry.words).summary(entry.summary).description(entry.description ?? entry.summary);
-  command.helpGroup("Commands:").allowExcessArguments(false);
+  command.allowExcessArguments(false);
   for (const option of entry.options ?? []) command.addOption(option());
   command.option("--json", "print the result as JSON on stdout, an error as JSON on stderr");
   command.addHelpText("after", `\nExamples:\n${entry.examples.map((example) => `  ${example}`).join("\n")}`);
@@ -103,7 +118,7 @@ function addCommand(parent: Command, entry: CommandEntry, cli: Cli, setExit: (co
 
 function addHelp(program: Command, terminal: Terminal): void {
   const help = program.command("help [words...]").summary("help on a command, or on exit-codes").description("Help on a command, or on exit-codes.");
-  help.helpGroup("Commands:").option("--json", "accepted everywhere; help is text all the same");
+  help.option("--json", "accepted everywhere; help is text all the same");
   help.addHelpText("after", "\nExamples:\n  forge help deploy\n  forge help exit-codes");
   help.action((words: string[]) => {
     if (words[0] === "exit-codes") return void terminal.stdout.write(exitCodesText());
@@ -121,7 +136,8 @@ function addHelp(program: Command, terminal: Terminal): void {
 function wantsJson(argv: readonly string[]): boolean {
   const end = argv.indexOf("--");
   const own = end === -1 ? argv : argv.slice(0, end);
-  return own[0] === "exec" ? own.indexOf("--json") === 1 : own.includes("--json");
+  const program = own.findIndex((word) => word === "exec"); // what follows exec's service is the program's
+  return (program === -1 ? own : own.slice(0, program + 2)).includes("--json");
 }
 
 function report(thrown: unknown, terminal: Terminal): number {

@@ -25,6 +25,9 @@ export type Installation = z.output<typeof installationSchema>;
 export type InstallationChanges = { readonly [K in keyof Installation]?: Installation[K] | undefined };
 
 export const defaultDataDir = "/var/lib/forge";
+/** One machine is a region of its own, reached from itself alone. */
+const regionName = "local";
+const loopback = "127.0.0.1";
 
 /** Where tools/setup puts what it compiles; a packaged installation names its own place. */
 export const buildDir = process.env["FORGE_BUILD_DIR"] ?? fileURLToPath(new URL("../../build", import.meta.url));
@@ -55,11 +58,23 @@ export async function writeInstallation(dataDir: string, changes: InstallationCh
 
 /** Where everything of an installation is reached. */
 export function apiUrlOf(installation: Installation): string {
-  return `https://127.0.0.1:${installation.apiPort}`;
+  return `https://${loopback}:${installation.apiPort}`;
 }
 
-export function nodeUrlOf(installation: Installation): string {
-  return `https://127.0.0.1:${installation.nodePort}`;
+/** What `control` starts with. */
+export async function controlOptions(dataDir: string) {
+  const { apiPort, nodePort, jurisdiction } = await requireInstallation(dataDir);
+  const databaseUrl = process.env["FORGE_DATABASE_URL"];
+  const database = databaseUrl === undefined ? {} : { databaseUrl };
+  return { dataDir, apiAddress: loopback, apiPort, nodePort, region: regionName, jurisdiction, ...database };
+}
+
+/** What `agent` starts with. */
+export async function agentOptions(dataDir: string) {
+  const installation = await requireInstallation(dataDir);
+  const { jurisdiction, site, rack, nodeName, profile, publishAddress, nodePort } = installation;
+  const controlUrl = `https://${loopback}:${nodePort}`;
+  return { dataDir, buildDir, controlUrl, apiUrl: apiUrlOf(installation), jurisdiction, site, rack, nodeName, profile, publishAddress };
 }
 
 /** The data folder a command means: the one named, else the one used last, else the default. */

@@ -23,11 +23,11 @@ export class Runtime {
   /** Words before every command: how it gets into another network namespace. */
   readonly #prefix: readonly string[];
 
-  /** `netns`: the named network namespace that is the host's, for this runtime. */
-  static async start(options: { up?: readonly string[]; netns?: string } = {}): Promise<Runtime> {
+  /** `netns`: the named network namespace that is the host's, for this runtime. `folder`: where its own folder is made. */
+  static async start(options: { up?: readonly string[]; netns?: string; folder?: string } = {}): Promise<Runtime> {
     const [apiPort = 0, nodePort = 0] = await freePorts(2);
     const prefix = options.netns === undefined ? [] : ["nsenter", `--net=/run/netns/${options.netns}`];
-    const runtime = new Runtime(await mkdtemp(join(tmpdir(), "forge-e2e-")), apiPort, nodePort, prefix);
+    const runtime = new Runtime(await mkdtemp(join(options.folder ?? tmpdir(), "forge-e2e-")), apiPort, nodePort, prefix);
     await runtime.up(...(options.up ?? []));
     return runtime;
   }

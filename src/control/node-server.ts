@@ -1,9 +1,8 @@
 import type { IncomingMessage } from "node:http";
-import type { Duplex } from "node:stream";
 import type { TLSSocket } from "node:tls";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import { sql } from "kysely";
-import { WebSocketServer } from "ws";
+import type { WebSocketServer } from "ws";
 import type { z } from "zod";
 import { nodeRoutes } from "../api/node.ts";
 import { ForgeError } from "../base/errors.ts";
@@ -14,8 +13,7 @@ import { query } from "./db/database.ts";
 import { errorFromFastify, sendRawError } from "./http-errors.ts";
 import { fingerprintOf } from "./join.ts";
 import { awaitDesired, findNode, type NodeRow, takeEvents, takeReport, updateFacts } from "./node-state.ts";
-import { newServer, type TlsIdentity } from "./server.ts";
-import { maxMessageBytes } from "./sessions.ts";
+import { newServer, newSocketServer, type TlsIdentity, type Upgrade } from "./server.ts";
 
 /** The nodes' listener: mutual TLS under the region's CA, so that only a node that joined gets as far as a route. */
 export async function createNodeServer(control: Control, identity: TlsIdentity): Promise<FastifyInstance> {
@@ -67,7 +65,8 @@ export async function createNodeServer(control: Control, identity: TlsIdentity):
     schema: { params: nodeRoutes.blob.params },
     handler: async (request, reply) => sendBlob(control, nodeOf(request), (request.params as { digest: string }).digest, reply),
   });
-  app.server.on("upgrade", (request, socket, head) => void upgrade(control, request, socket, head));
+  const sockets = newSocketServer(app);
+  app.server.on("upgrade", (request, socket, head) => void upgrade(control, sockets, { request, socket, head }));
   await app.ready();
   return app;
 }
@@ -118,16 +117,14 @@ async function sendBlob(control: Control, node: NodeRow, digest: string, reply: 
   return reply.type("application/octet-stream").header("content-length", String(sizeBytes ?? 0)).send(blob);
 }
 
-const agentSockets = new WebSocketServer({ noServer: true, maxPayload: maxMessageBytes, perMessageDeflate: false });
-
 /** The agent's end of a session somebody waits for. */
-async function upgrade(control: Control, request: IncomingMessage, socket: Duplex, head: Buffer): Promise<void> {
+async function upgrade(control: Control, sockets: WebSocketServer, { request, socket, head }: Upgrade): Promise<void> {
   socket.on("error", () => socket.destroy());
   try {
     const node = await identify(control, request);
     const id = /^\/node\/v1\/sessions\/([A-Za-z0-9_]{1,64})$/.exec(request.url ?? "")?.[1];
     if (id === undefined || !control.sessions.awaits(id, node.id)) throw new ForgeError("NOT_FOUND", "nobody waits for this session");
-    agentSockets.handleUpgrade(request, socket, head, (agent) => {
+    sockets.handleUpgrade(request, socket, head, (agent) => {
       agent.on("error", () => undefined); // "close" follows
       if (!control.sessions.deliver(id, node.id, agent)) agent.close(4404, "nobody waits for this session");
     });

@@ -30,7 +30,8 @@ export async function createApiServer(control: Control, identity: TlsIdentity, a
   const door = new Door(control);
   for (const [name, route] of Object.entries(routes) as [RouteName, Route][]) registerRoute(app, control, door, name, route);
   addNodeJoin(app);
-  app.server.on("upgrade", (request, socket, head) => void upgrade(control, door, request, socket, head));
+  const sockets = newSocketServer(app);
+  app.server.on("upgrade", (request, socket, head) => void upgrade(control, door, sockets, { request, socket, head }));
   await app.ready();
   return app;
 }
@@ -40,7 +41,7 @@ export function newServer(tls: { key: string; cert: string; minVersion: "TLSv1.3
   const app: FastifyInstance = fastify({
     https: { ...tls, maxHeaderSize: 128 * 1024 }, // exec carries its arguments in the query
     bodyLimit: maxBodyBytes,
-    maxParamLength: 512,
+    routerOptions: { maxParamLength: 512 },
     requestTimeout: 30 * 60_000, // an upload of the largest blob, on a slow line
     keepAliveTimeout: 75_000,
     exposeHeadRoutes: false,
@@ -58,6 +59,22 @@ export function newServer(tls: { key: string; cert: string; minVersion: "TLSv1.3
   app.addContentTypeParser("application/json", { parseAs: "string" }, app.getDefaultJsonParser("error", "error"));
   app.addContentTypeParser("application/octet-stream", (_, payload, done) => done(null, payload));
   return app;
+}
+
+/** What takes over upgraded connections. They are no HTTP connections any more, so closing the server has to end them itself. */
+export function newSocketServer(app: FastifyInstance): WebSocketServer {
+  const sockets = new WebSocketServer({ noServer: true, maxPayload: maxMessageBytes, perMessageDeflate: false });
+  app.addHook("preClose", async () => {
+    for (const client of sockets.clients) client.terminate();
+  });
+  return sockets;
+}
+
+/** The arguments of Node's `upgrade` event. */
+export interface Upgrade {
+  readonly request: IncomingMessage;
+  readonly socket: Duplex;
+  readonly head: Buffer;
 }
 
 /** The one place that decides who may do what. Every refusal is in the log. */
@@ -132,7 +149,7 @@ async function* linesOf(items: AsyncIterable<unknown>): AsyncGenerator<string> {
 }
 
 /** Exec: the agent is there before the client's handshake is answered, so that a failure is an ordinary HTTP error. */
-async function upgrade(control: Control, door: Door, request: IncomingMessage, socket: Duplex, head: Buffer): Promise<void> {
+async function upgrade(control: Control, door: Door, sockets: WebSocketServer, { request, socket, head }: Upgrade): Promise<void> {
   const gone = new AbortController();
   const onClose = (): void => gone.abort();
   socket.on("close", onClose);
@@ -143,7 +160,7 @@ async function upgrade(control: Control, door: Door, request: IncomingMessage, s
     const parts = { params: checked("params", params), query: checked("query", query) } as Pick<Request<"exec">, "params" | "query">;
     const agent = await openExec({ control, caller, body: undefined, signal: gone.signal, ...parts });
     if (gone.signal.aborted) return agent.terminate();
-    clientSockets.handleUpgrade(request, socket, head, (client) => bridge(client, agent));
+    sockets.handleUpgrade(request, socket, head, (client) => bridge(client, agent));
   } catch (error) {
     const failure = errorFromFastify(error);
     if (failure.code === "INTERNAL") control.log.error({ err: error }, "an exec session could not be opened");
@@ -152,8 +169,6 @@ async function upgrade(control: Control, door: Door, request: IncomingMessage, s
     socket.off("close", onClose);
   }
 }
-
-const clientSockets = new WebSocketServer({ noServer: true, maxPayload: maxMessageBytes, perMessageDeflate: false });
 
 function matchExec(request: IncomingMessage): { params: unknown; query: unknown } {
   const url = parseUrl(request.url ?? "");

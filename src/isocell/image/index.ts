@@ -6,4 +6,4 @@ export { type BlobToPush, normalise, pushPlan, type ResolvedImage, signImage } f
 export { pull, type PullOptions } from "./registry.ts";
 export { describePublicKey, generateSigningKey, publicKeyOf, signDigest, type SigningKey, type SigningKeyType, type TrustedKeyPem, verifySignatures } from "./signature.ts";
 export { blockSizeBytes, type RootfsArtifact, RootfsCache } from "./rootfs.ts";
-export { type BuiltImage, buildImage } from "./build.ts";
+export { buildImage, type BuildOptions, type BuiltImage } from "./build.ts";

@@ -1,4 +1,6 @@
 import { readdir } from "node:fs/promises";
+import { userInfo } from "node:os";
+import { userInfo } from "node:os";
 import { join } from "node:path";
 import { makeDirectory, readIfExists, writeDurable } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";
@@ -44,7 +46,7 @@ export async function openCluster({ folder, fsync = true }: ClusterOptions): Pro
   await writeDurable(join(data, "postgresql.conf"), settings(folder, fsync));
   const pgCtl = (...args: string[]): Promise<string> => run(join(binaries, "pg_ctl"), ["--pgdata", data, ...args], { cwd: folder, timeoutMs: 120_000 });
   const cluster: Cluster = {
-    address: { socketDirectory, database: databaseName },
+    address: { socketDirectory, database: databaseName, user: userInfo().username }, // peer authentication: who we are now
     ensureRunning: async () => {
       if (await isRunning(pgCtl)) return;
       await pgCtl("--wait", "--timeout=60", "--log", join(folder, "pglog", "start.log"), "start").catch(async (error: unknown) => {

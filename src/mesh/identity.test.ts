@@ -112,6 +112,19 @@ describe("a node's certificate", () => {
     expect(await handshake(server, node, "localhost")).toMatchObject({ clientAuthorized: false });
   });
 
+  test("changed in any byte proves nothing, or (in a byte no signature covers) the same as before", async () => {
+    const der = new X509Certificate((await issueNode(authority)).certificatePem).raw;
+    await fc.assert(
+      fc.asyncProperty(fc.nat(der.length - 1), fc.integer({ min: 1, max: 255 }), async (at, mask) => {
+        const changed = Buffer.from(der);
+        changed[at]! ^= mask;
+        const outcome = await verifyNodeCertificate(authority, changed).catch((error: unknown) => error);
+        if (outcome !== nodeId) expect(outcome).toMatchObject({ code: "UNAUTHENTICATED" });
+      }),
+      { numRuns: 200 },
+    );
+  });
+
   test("lives at most 30 days and names a sane node", async () => {
     const { csrPem } = await createCsr();
     for (const wrong of [{ validDays: 31 }, { validDays: 0 }, { validDays: Number.NaN }, { nodeId: "a/b" }, { nodeId: "" }]) {

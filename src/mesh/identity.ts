@@ -57,15 +57,17 @@ export async function createAuthority({ trustDomain }: { trustDomain: string }):
 
 /** Reads an authority back; refuses one that is none, is out of date, or whose key is another's. */
 export async function loadAuthority(pem: { certificatePem: string; privateKeyPem: string }): Promise<Authority> {
-  const certificate = parseCertificate(pem.certificatePem, "INVALID_INPUT");
-  const [uri] = uriNames(certificate);
-  const trustDomain = /^spiffe:\/\/([a-z0-9._-]+)$/.exec(uri ?? "")?.[1];
-  if (trustDomain === undefined || !isAuthority(certificate)) throw new ForgeError("INVALID_INPUT", "the certificate is not that of a Forge authority");
-  if (!isValidAt(certificate, new Date())) throw new ForgeError("INVALID_INPUT", "the authority's certificate is out of date");
-  const expected = Buffer.from(certificate.publicKey.rawData);
-  const actual = createPublicKey(createPrivateKey(pem.privateKeyPem)).export({ type: "spki", format: "der" });
-  if (!expected.equals(actual)) throw new ForgeError("INVALID_INPUT", "the authority's key does not belong to its certificate");
-  return { ...pem, trustDomain };
+  return await orRefuse("INVALID_INPUT", "the authority's certificate or key cannot be read", async () => {
+    const certificate = parseCertificate(pem.certificatePem);
+    const [uri] = uriNames(certificate);
+    const trustDomain = /^spiffe:\/\/([a-z0-9._-]+)$/.exec(uri ?? "")?.[1];
+    if (trustDomain === undefined || !isAuthority(certificate)) throw new ForgeError("INVALID_INPUT", "the certificate is not that of a Forge authority");
+    if (!isValidAt(certificate, new Date())) throw new ForgeError("INVALID_INPUT", "the authority's certificate is out of date");
+    const expected = Buffer.from(certificate.publicKey.rawData);
+    const actual = createPublicKey(createPrivateKey(pem.privateKeyPem)).export({ type: "spki", format: "der" });
+    if (!expected.equals(actual)) throw new ForgeError("INVALID_INPUT", "the authority's key does not belong to its certificate");
+    return { certificatePem: pem.certificatePem, privateKeyPem: pem.privateKeyPem, trustDomain };
+  });
 }
 
 /** A certificate and key for a TLS server, by the DNS names and IP addresses it is reached by. */
@@ -100,7 +102,7 @@ export async function issueNodeCertificate(
   authority: Authority,
   { csrPem, nodeId, validDays = maxNodeDays }: { csrPem: string; nodeId: string; validDays?: number },
 ): Promise<{ certificatePem: string; notAfter: Date }> {
-  if (!/^[A-Za-z0-9_-]{1,64}$/.test(nodeId)) throw new ForgeError("INVALID_INPUT", `not a node's identifier: ${JSON.stringify(nodeId)}`);
+  if (!isNodeId(nodeId)) throw new ForgeError("INVALID_INPUT", `not a node's identifier: ${JSON.stringify(nodeId)}`);
   const publicKey = await provenKey(csrPem);
   const certificate = await issue(authority, publicKey, withinDays(validDays, maxNodeDays), [
     new x509.ExtendedKeyUsageExtension([x509.ExtendedKeyUsage.clientAuth, x509.ExtendedKeyUsage.serverAuth]),
@@ -115,40 +117,48 @@ export async function verifyNodeCertificate(
   certificate: string | Uint8Array,
   now: Date = new Date(),
 ): Promise<string> {
-  const node = parseCertificate(certificate, "UNAUTHENTICATED");
-  const issuer = parseCertificate(authority.certificatePem, "INTERNAL");
-  const refuse = (problem: string): never => {
-    throw new ForgeError("UNAUTHENTICATED", `the node's certificate ${problem}`);
-  };
-  const isSigned = await node.verify({ publicKey: issuer.publicKey, signatureOnly: true }).catch(() => false);
-  if (node.issuer !== issuer.subject || !isSigned) refuse("was not issued by this region");
-  if (!isValidAt(node, now) || !isValidAt(issuer, now)) refuse("is not valid at this time");
-  if (isAuthority(node)) refuse("is an authority's");
+  return await orRefuse("UNAUTHENTICATED", "the node's certificate cannot be read", async () => {
+    const node = parseCertificate(certificate);
+    const issuer = parseCertificate(authority.certificatePem);
+    const problem = await problemOf(node, issuer, now);
+    if (problem !== undefined) throw new ForgeError("UNAUTHENTICATED", `the node's certificate ${problem}`);
+    const [uri, ...others] = uriNames(node);
+    const prefix = nodeUri(authority.trustDomain, "");
+    const nodeId = uri?.startsWith(prefix) === true ? uri.slice(prefix.length) : "";
+    if (others.length > 0 || !isNodeId(nodeId)) throw new ForgeError("UNAUTHENTICATED", "the node's certificate names no node of this region");
+    return nodeId;
+  });
+}
+
+async function problemOf(node: x509.X509Certificate, issuer: x509.X509Certificate, now: Date): Promise<string | undefined> {
+  const isSigned = await node.verify({ publicKey: issuer.publicKey, signatureOnly: true });
+  if (node.issuer !== issuer.subject || !isSigned) return "was not issued by this region";
+  if (!isValidAt(node, now) || !isValidAt(issuer, now)) return "is not valid at this time";
+  if (isAuthority(node)) return "is an authority's";
   const usages = node.getExtension(x509.ExtendedKeyUsageExtension)?.usages ?? [];
-  if (!usages.includes(x509.ExtendedKeyUsage.clientAuth)) refuse("is not for clients");
-  const [uri, ...others] = uriNames(node);
-  const prefix = nodeUri(authority.trustDomain, "");
-  const nodeId = uri?.startsWith(prefix) === true ? uri.slice(prefix.length) : "";
-  if (others.length > 0 || !/^[A-Za-z0-9_-]{1,64}$/.test(nodeId)) refuse("names no node of this region");
-  return nodeId;
+  return usages.includes(x509.ExtendedKeyUsage.clientAuth) ? undefined : "is not for clients";
 }
 
 /** The public key of a request whose signature proves possession of the private one and which asks for no name. */
 async function provenKey(csrPem: string): Promise<x509.PublicKey> {
-  const request = parseRequest(csrPem);
-  const { name, namedCurve } = request.publicKey.algorithm as { name: string; namedCurve?: string };
-  if (name !== "ECDSA" || namedCurve !== "P-256") throw new ForgeError("INVALID_INPUT", "the certificate request's key is not ECDSA P-256");
-  if (request.subject !== "" || request.attributes.length > 0) throw new ForgeError("INVALID_INPUT", "a certificate request must not ask for names or extensions");
-  if (!(await request.verify().catch(() => false))) throw new ForgeError("INVALID_INPUT", "the certificate request's signature is not that of its key");
-  return request.publicKey;
+  if (csrPem.length > maxCsrChars) throw new ForgeError("INVALID_INPUT", `a certificate request has at most ${maxCsrChars} characters`);
+  return await orRefuse("INVALID_INPUT", "the certificate request cannot be read", async () => {
+    const request = new x509.Pkcs10CertificateRequest(csrPem);
+    const { name, namedCurve } = request.publicKey.algorithm as { name: string; namedCurve?: string };
+    if (name !== "ECDSA" || namedCurve !== "P-256") throw new ForgeError("INVALID_INPUT", "the certificate request's key is not ECDSA P-256");
+    const isModest = request.subject === "" && request.attributes.length === 0;
+    if (!isModest) throw new ForgeError("INVALID_INPUT", "a certificate request must not ask for names or extensions");
+    if (!(await request.verify())) throw new ForgeError("INVALID_INPUT", "the certificate request's signature is not that of its key");
+    return request.publicKey;
+  });
 }
 
-function parseRequest(csrPem: string): x509.Pkcs10CertificateRequest {
-  if (csrPem.length > maxCsrChars) throw new ForgeError("INVALID_INPUT", `a certificate request has at most ${maxCsrChars} characters`);
+/** Whatever the parser throws, at whatever depth (it reads lazily), is a refusal of the input and no defect. */
+async function orRefuse<T>(code: "INVALID_INPUT" | "UNAUTHENTICATED", message: string, body: () => Promise<T>): Promise<T> {
   try {
-    return new x509.Pkcs10CertificateRequest(csrPem);
+    return await body();
   } catch (error) {
-    throw new ForgeError("INVALID_INPUT", "not a certificate request", { cause: error });
+    throw error instanceof ForgeError ? error : new ForgeError(code, message, { cause: error });
   }
 }
 
@@ -189,12 +199,12 @@ function nameConstraints(host: string): x509.Extension {
   return new x509.Extension("2.5.29.30", true, Uint8Array.from(element(0x30, permitted)));
 }
 
-function parseCertificate(certificate: string | Uint8Array, code: "INVALID_INPUT" | "UNAUTHENTICATED" | "INTERNAL"): x509.X509Certificate {
-  try {
-    return new x509.X509Certificate(typeof certificate === "string" ? certificate : Uint8Array.from(certificate));
-  } catch (error) {
-    throw new ForgeError(code, "not a certificate", { cause: error });
-  }
+function parseCertificate(certificate: string | Uint8Array): x509.X509Certificate {
+  return new x509.X509Certificate(typeof certificate === "string" ? certificate : Uint8Array.from(certificate));
+}
+
+function isNodeId(text: string): boolean {
+  return /^[A-Za-z0-9_-]{1,64}$/.test(text);
 }
 
 function isAuthority(certificate: x509.X509Certificate): boolean {

@@ -5,6 +5,7 @@ import { z } from "zod";
 import { makeDirectory, readIfExists, writeDurable } from "../../base/durable.ts";
 import { ForgeError, toForgeError } from "../../base/errors.ts";
 import { run } from "../../base/exec.ts";
+import { unpackKernel } from "./bzimage.ts";
 import { type CpioEntry, writeCpio } from "./cpio.ts";
 import { fetchKernel, type KernelModule } from "./kernel.ts";
 
@@ -30,7 +31,7 @@ const recordSchema = z.object({
 });
 type GuestRecord = z.infer<typeof recordSchema>;
 
-const kernelName = "vmlinuz";
+const kernelName = "vmlinux";
 const initramfsName = "initramfs";
 const recordName = "guest.json";
 
@@ -51,7 +52,7 @@ export async function buildGuest(buildDir: string): Promise<GuestFiles> {
 
   await makeDirectory(folder, 0o755);
   const kernel = await fetchKernel(join(folder, "kernel"));
-  const image = await readFile(kernel.imagePath);
+  const image = unpackKernel(await readFile(kernel.imagePath));
   const initramfs = await makeInitramfs(await compileInit(folder), kernel.modules);
   await writeDurable(join(folder, kernelName), image, 0o644);
   await writeDurable(join(folder, initramfsName), initramfs, 0o644);

@@ -16,7 +16,7 @@ import { createNodeServer } from "./node-server.ts";
 import { type Cluster, openCluster } from "./postgres.ts";
 import { dropPrivileges } from "./privileges.ts";
 import { Reconciler } from "./reconcile.ts";
-import { createApiServer } from "./server.ts";
+import { createApiServer, loadLazyParts } from "./server.ts";
 import { SessionBroker } from "./sessions.ts";
 
 export interface ControlOptions {
@@ -36,6 +36,7 @@ const stopBoundMs = 20_000;
 /** The control plane, from start to an orderly end on SIGTERM or SIGINT. */
 export async function runControl(options: ControlOptions): Promise<void> {
   const log = createLogger("control");
+  await loadLazyParts(); // the program's own files may be root's alone
   const folder = await dropPrivileges(options.dataDir);
   const running = await startControl(folder, options, log);
   const readyPath = join(folder, "run", "ready.json");

@@ -1,6 +1,5 @@
 import { readdir } from "node:fs/promises";
 import { userInfo } from "node:os";
-import { userInfo } from "node:os";
 import { join } from "node:path";
 import { makeDirectory, readIfExists, writeDurable } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";

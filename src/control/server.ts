@@ -36,6 +36,14 @@ export async function createApiServer(control: Control, identity: TlsIdentity, a
   return app;
 }
 
+/** Fastify reads some of its files only when a server is made: this has it read them while we still may. */
+export async function loadLazyParts(): Promise<void> {
+  const app = fastify();
+  app.get("/", { schema: { response: { 200: { type: "null" } } } }, () => null);
+  await app.ready();
+  await app.close();
+}
+
 /** Fastify with the bounds and the error form that both listeners share. */
 export function newServer(tls: { key: string; cert: string; minVersion: "TLSv1.3"; ca?: string; requestCert?: boolean; rejectUnauthorized?: boolean }): FastifyInstance {
   const app: FastifyInstance = fastify({

@@ -7,7 +7,7 @@ export type Database = Kysely<Schema>;
 export type Trx = Transaction<Schema>;
 
 /** Where the database is: a URL, or the folder of a unix socket. */
-export type DatabaseAddress = { readonly url: string } | { readonly socketDirectory: string; readonly database: string; readonly user?: string };
+export type DatabaseAddress = { readonly url: string } | { readonly socketDirectory: string; readonly database: string; readonly user: string };
 
 /** A pool of connections; nothing is dialled yet. */
 export function openDatabase(address: DatabaseAddress): Database {
@@ -27,7 +27,7 @@ export function openDatabase(address: DatabaseAddress): Database {
 /** What both the pool and the listening connection dial. */
 export function connectionOptions(address: DatabaseAddress): pg.ClientConfig {
   const target = "url" in address ? { connectionString: address.url } : { host: address.socketDirectory, database: address.database, user: address.user };
-  return { ...definedOnly(target), application_name: "forge-control", keepAlive: true, types: { getTypeParser } };
+  return { ...target, application_name: "forge-control", keepAlive: true, types: { getTypeParser } };
 }
 
 /**
@@ -87,8 +87,4 @@ function isRetryable(thrown: unknown): boolean {
 function getTypeParser(oid: number, format?: "text" | "binary"): (text: string) => unknown {
   if (oid === pg.types.builtins.INT8 && format !== "binary") return Number;
   return pg.types.getTypeParser(oid, format as "text") as (text: string) => unknown;
-}
-
-function definedOnly<T extends object>(object: T): { [K in keyof T]: NonNullable<T[K]> } {
-  return Object.fromEntries(Object.entries(object).filter(([, value]) => value !== undefined)) as { [K in keyof T]: NonNullable<T[K]> };
 }

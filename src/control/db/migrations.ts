@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
-import { type Kysely, sql, type Transaction } from "kysely";
+import { sql } from "kysely";
 import { ForgeError } from "../../base/errors.ts";
-import type { Schema } from "./schema.ts";
+import { type Database, transact, type Trx } from "./database.ts";
 
 interface Migration {
   readonly name: string;
@@ -192,8 +192,8 @@ export const migrations: readonly Migration[] = [
 const migrationLock = 4_067_283_901;
 
 /** Brings the database to this version; several processes may ask at once. A newer or altered history is refused. */
-export async function migrate(db: Kysely<Schema>): Promise<void> {
-  await db.transaction().execute(async (trx) => {
+export async function migrate(db: Database): Promise<void> {
+  await transact(db, async (trx) => {
     await sql`select pg_advisory_xact_lock(${sql.lit(migrationLock)})`.execute(trx);
     await sql`create table if not exists migrations (name text primary key, checksum text not null, applied_at timestamptz not null default now())`.execute(trx);
     const { rows } = await sql<{ name: string; checksum: string }>`select name, checksum from migrations order by name`.execute(trx);
@@ -209,7 +209,7 @@ export async function migrate(db: Kysely<Schema>): Promise<void> {
   });
 }
 
-async function apply(trx: Transaction<Schema>, migration: Migration): Promise<void> {
+async function apply(trx: Trx, migration: Migration): Promise<void> {
   await sql.raw(migration.statements).execute(trx);
   await sql`insert into migrations (name, checksum) values (${migration.name}, ${checksum(migration)})`.execute(trx);
 }

@@ -90,7 +90,7 @@ export async function waitForDaemon<T>(
     const found = await check();
     if (found !== undefined) return found;
     const lines = async (): Promise<string> => (await lastLogLines(logPath(daemon.dataDir, daemon.name))).map((line) => `\n${line}`).join("");
-    if (end !== undefined) throw new ForgeError("UNAVAILABLE", `${daemon.name} ended at once (${end}); the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`);
+    if (end !== undefined) throw new ForgeError("UNAVAILABLE", `${daemon.name} ended (${end}); the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`);
     if (performance.now() > deadline) {
       throw new ForgeError("TIMEOUT", `${daemon.name} was not ready within ${daemon.timeoutMs / 1000} s; the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`);
     }

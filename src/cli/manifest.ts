@@ -36,7 +36,7 @@ type Parsed = Document.Parsed<ParsedNode>;
 
 function composeDocument(text: string, file: string, lineCounter: LineCounter): Parsed {
   try {
-    return parseDocument(text, { version: "1.2", schema: "core", stringKeys: true, prettyErrors: false, logLevel: "silent", resolveKnownTags: false, lineCounter });
+    return parseDocument(text, { version: "1.2", schema: "core", stringKeys: true, prettyErrors: false, logLevel: "error", resolveKnownTags: false, lineCounter });
   } catch (error) {
     // The bounds keep the parser within its stack; should it still give up, that is the document's doing.
     throw invalid(file, [{ line: 1, column: 1, key: "", message: `cannot be read as YAML: ${error instanceof Error ? error.message : String(error)}` }]);

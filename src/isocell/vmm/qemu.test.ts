@@ -61,7 +61,7 @@ describe("the command line", () => {
   });
 
   test("no path can add an option: every comma in one is doubled, and nothing else changes", () => {
-    const paths = fc.string({ minLength: 1 }).map((text) => `/${text}`);
+    const paths = fc.string({ minLength: 1 }).map((text) => `/${text.replaceAll("\0", "")}`);
     fc.assert(
       fc.property(paths, paths, (rootfsPath, channelPath) => {
         const args = buildQemuArgs({ ...bootExample, rootfsPath, channelPath }, "tcg");
@@ -83,11 +83,6 @@ function optionsOf(args: readonly string[], start: string): Map<string, string> 
 }
 
 function splitKeyval(argument: string): string[] {
-  const fields = [""];
-  for (let at = 0; at < argument.length; at++) {
-    if (argument[at] !== ",") fields[fields.length - 1] += argument[at];
-    else if (argument[at + 1] === ",") fields[fields.length - 1] += argument[at++];
-    else fields.push("");
-  }
-  return fields;
+  const marked = argument.replaceAll(",,", "\0"); // no argument holds a NUL
+  return marked.split(",").map((field) => field.replaceAll("\0", ","));
 }

@@ -5,4 +5,6 @@ const findings = await examine();
 for (const { name, state, detail, meaning } of findings) {
   if (state !== "found") process.stdout.write(`${state.padEnd(9)} ${name}: ${detail} (${meaning})\n`);
 }
-if (findings.some(({ state }) => state === "missing")) process.exitCode = 10; // "this machine lacks something Forge needs"
+const isReady = findings.every(({ state }) => state !== "missing");
+process.stdout.write(isReady ? "This machine is ready for Forge.\n" : "This machine is not ready for Forge.\n");
+if (!isReady) process.exitCode = 10; // "this machine lacks something Forge needs"

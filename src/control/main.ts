@@ -2,6 +2,7 @@ import { join } from "node:path";
 import type { FastifyInstance } from "fastify";
 import { systemClock } from "../base/clock.ts";
 import { removeDurable, writeDurable } from "../base/durable.ts";
+import { errnoOf, ForgeError } from "../base/errors.ts";
 import { createLogger, type Logger } from "../base/log.ts";
 import { ImageStore } from "../isocell/image/index.ts";
 import { issueServerCertificate } from "../mesh/index.ts";
@@ -74,10 +75,17 @@ export async function startControl(folder: string, options: ControlOptions, log:
   const api = await createApiServer(control, identity, (app) => registerJoin(app, control));
   const nodes = await createNodeServer(control, identity);
   const reconciler = new Reconciler(control);
-  await api.listen({ host: options.apiAddress, port: options.apiPort });
-  await nodes.listen({ host: options.apiAddress, port: options.nodePort });
+  await listen(api, options.apiAddress, options.apiPort);
+  await listen(nodes, options.apiAddress, options.nodePort);
   reconciler.start();
   return { control, apiPort: portOf(api), nodePort: portOf(nodes), stop: () => stopAll({ control, api, nodes, reconciler, db, wakes, cluster }) };
+}
+
+async function listen(app: FastifyInstance, host: string, port: number): Promise<void> {
+  await app.listen({ host, port }).catch((error: unknown) => {
+    if (errnoOf(error) !== "EADDRINUSE") throw error;
+    throw new ForgeError("PORT_TAKEN", `the control plane cannot listen on ${host} port ${port}: another program does`);
+  });
 }
 
 interface Parts {

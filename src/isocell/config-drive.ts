@@ -90,11 +90,8 @@ export function guestCommandLine(verity: VerityParameters): string {
   return [...kernelOptions, `forge.verity=${verity.rootHash},${salt},${verity.dataBlocks},${verity.hashStartBlock}`].join(" ");
 }
 
-/**
- * ACPI is off: a microVM has nothing to discover with it, and interpreting its tables takes an emulated CPU half a
- * second. The crypto self-tests are the kernel's regression tests, not a check of anything the cell depends on.
- */
-const kernelOptions = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "rdinit=/init", "acpi=off", "cryptomgr.notests"] as const;
+/** The crypto self-tests are the kernel's regression tests, not a check of anything the cell depends on. */
+const kernelOptions = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "rdinit=/init", "cryptomgr.notests"] as const;
 
 function entry(tag: number, value: Uint8Array): Buffer {
   const head = Buffer.alloc(6);

@@ -20,7 +20,7 @@ export interface KernelModule {
 }
 
 /** What a cell's hardware and root need; what these depend on is found in the modules themselves. */
-const wantedModules = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "sha256_generic", "dm_verity", "crc32c_generic", "erofs", "overlay"];
+const wantedModules = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "sha256_generic", "dm_verity", "crc32c_generic", "erofs", "overlay"];
 const metaPackage = "linux-image-cloud-amd64";
 
 const recordSchema = z.object({ package: z.string(), version: z.string(), release: z.string() });

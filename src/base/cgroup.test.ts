@@ -2,6 +2,9 @@ import { spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { writeFileSync } from "node:fs";
+import { mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import fc from "fast-check";
 import { afterEach, describe, expect, test } from "vitest";
 import { type Cgroup, CgroupTree, findHierarchies, parseCpuList } from "./cgroup.ts";
@@ -43,6 +46,31 @@ test("hierarchies are read from mountinfo, each once", () => {
   ]);
   expect(new CgroupTree(info).missing).toEqual(["pids"]);
   expect(() => new CgroupTree(info).create("x", limits)).toThrow("pids");
+});
+
+test("of version 2 alone: controllers are passed down, limits set, swap forbidden", async () => {
+  const root = await mkdtemp(join(tmpdir(), "forge-cgroup-"));
+  try {
+    await writeFile(join(root, "cgroup.controllers"), "cpuset cpu memory pids\n");
+    await writeFile(join(root, "cgroup.subtree_control"), "cpu memory\n");
+    await mkdir(join(root, "forge/x"), { recursive: true });
+    await writeFile(join(root, "forge/cgroup.subtree_control"), "");
+    await writeFile(join(root, "forge/x/memory.swap.max"), "max\n");
+    await writeFile(join(root, "forge/x/cpuset.cpus.effective"), "0-1\n");
+    const unified = new CgroupTree(`32 31 0:28 / ${root} rw shared:9 - cgroup2 cgroup2 rw\n`);
+    expect(unified.missing).toEqual([]);
+    unified.create("x", { ...limits, cpus: [0, 1] });
+    const read = async (file: string): Promise<string> => await readFile(join(root, file), "utf8");
+    expect(await read("cgroup.subtree_control")).toBe("+cpuset +pids");
+    expect(await read("forge/cgroup.subtree_control")).toBe("+cpuset +memory +pids");
+    expect(await read("forge/x/memory.max")).toBe(`${64 * mebibyte}`);
+    expect(await read("forge/x/memory.swap.max")).toBe("0");
+    expect(await read("forge/x/pids.max")).toBe("8");
+    expect(await read("forge/x/cpuset.cpus")).toBe("0,1");
+    expect(() => unified.create("x", { ...limits, cpus: [1, 2] })).toThrow("the kernel grants 0,1");
+  } finally {
+    await rm(root, { recursive: true });
+  }
 });
 
 const tree = new CgroupTree();

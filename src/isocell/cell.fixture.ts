@@ -6,7 +6,7 @@ import { pino } from "pino";
 import { run } from "../base/exec.ts";
 import { newId } from "../base/ids.ts";
 import { createNetns, inNetns, openTap, removeNetns } from "../base/linux.ts";
-import { type CellNetwork, type CellSpec, IsoCells, type IsoCellsOptions } from "./cells.ts";
+import { type CellSpec, IsoCells, type IsoCellsOptions } from "./cells.ts";
 import type { RootfsArtifact } from "./image/rootfs.ts";
 import { qemuDriver, qemuVersion } from "./vmm/qemu.ts";
 
@@ -15,8 +15,10 @@ export interface Bench extends AsyncDisposable {
   readonly folder: string;
   readonly artifact: RootfsArtifact;
   open(options?: Partial<IsoCellsOptions>): Promise<IsoCells>;
-  /** A cell that runs `script` in busybox's shell. Its TAP stays open until the bench ends. */
+  /** A cell that runs `script` in busybox's shell. Its TAP stays open until the bench ends or lets go of it. */
   spec(script: string, changes?: Partial<CellSpec>): CellSpec;
+  /** Closes our end of the cell's TAP, so that another process may open it. */
+  closeTap(spec: CellSpec): void;
 }
 
 export const buildDir = resolve(process.env["FORGE_BUILD_DIR"] ?? "build");
@@ -25,7 +27,8 @@ export async function openBench(): Promise<Bench> {
   const folder = await mkdtemp(join(tmpdir(), "forge-cell-"));
   const artifact = await busyboxRootfs(folder);
   const opened: IsoCells[] = [];
-  const networks: CellNetwork[] = [];
+  const netnsPaths: string[] = [];
+  const taps = new Set<number>();
   const vmm = qemuDriver("tcg", await qemuVersion());
   return {
     folder,
@@ -37,16 +40,21 @@ export async function openBench(): Promise<Bench> {
       return cells;
     },
     spec(script, changes = {}) {
-      const network = makeNetwork(join(folder, `net${networks.length}`));
-      networks.push(network);
+      const netnsPath = join(folder, `net${netnsPaths.length}`);
+      createNetns(netnsPath, () => undefined);
+      netnsPaths.push(netnsPath);
+      const tapFd = inNetns(netnsPath, () => openTap("tap0", { persist: false }));
+      taps.add(tapFd);
+      const network = { netnsPath, tapFd, guestMac: "02:f0:00:00:00:02" };
       return { cellId: newId("cell"), artifact, guest: guestOf(script), vcpus: 1, memoryMib: 256, cpus: null, network, ...changes };
+    },
+    closeTap({ network: { tapFd } }) {
+      if (taps.delete(tapFd)) closeSync(tapFd);
     },
     async [Symbol.asyncDispose]() {
       for (const cells of opened) for (const cellId of await cells.list()) await cells.remove(cellId);
-      for (const { netnsPath, tapFd } of networks) {
-        closeSync(tapFd);
-        removeNetns(netnsPath);
-      }
+      for (const tapFd of taps) closeSync(tapFd);
+      for (const netnsPath of netnsPaths) removeNetns(netnsPath);
       await rm(folder, { recursive: true, force: true });
     },
   };
@@ -55,11 +63,6 @@ export async function openBench(): Promise<Bench> {
 function guestOf(script: string): CellSpec["guest"] {
   const network = { address: "2001:db8::2", gateway: "2001:db8::1", gatewayMac: "02:f0:00:00:00:01", mtu: 1400 };
   return { hostname: "test", argv: ["/bin/sh", "-c", script], env: { PATH: "/bin" }, cwd: "/", user: "", stopSignal: 15, ...network };
-}
-
-function makeNetwork(netnsPath: string): CellNetwork {
-  createNetns(netnsPath, () => undefined);
-  return { netnsPath, tapFd: inNetns(netnsPath, () => openTap("tap0", { persist: false })), guestMac: "02:f0:00:00:00:02" };
 }
 
 /** Busybox alone, sealed in the form the image part seals its own. */

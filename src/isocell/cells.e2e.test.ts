@@ -1,6 +1,5 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { closeSync } from "node:fs";
 import { open, readdir, readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
@@ -15,7 +14,7 @@ import { loadGuest } from "./guest/build.ts";
 import { findVmm } from "./vmm/process.ts";
 import { tryBoot } from "./vmm/probe.ts";
 import { qemuDriver, qemuVersion } from "./vmm/qemu.ts";
-import type { Vmm } from "./vmm/vmm.ts";
+import type { CellBoot, Vmm } from "./vmm/vmm.ts";
 
 /** Every driver that works on this machine keeps the same contract. KVM joins where probe.ts finds it to work. */
 const drivers: [string, Vmm][] = [["QEMU, emulating", qemuDriver("tcg", await qemuVersion())]];
@@ -96,7 +95,7 @@ describe.each(drivers)("a cell on %s", (_, vmm) => {
 
   test("outlives the process that started it, and is found again by the next", async () => {
     const { cells: dir, spec } = { cells: join(bench.folder, "cells"), spec: bench.spec("echo one; sleep 1000") };
-    closeSync(spec.network.tapFd); // the other process opens its own
+    bench.closeTap(spec);
     started.add(spec.cellId);
     const starter = spawn(process.execPath, ["src/isocell/start-cell.fixture.ts"], { stdio: ["pipe", "pipe", "inherit"] });
     starter.stdin.end(JSON.stringify({ dir, spec }));
@@ -125,9 +124,12 @@ describe.each(drivers)("a cell on %s", (_, vmm) => {
     expect(await again.list()).not.toContain(spec.cellId);
   });
 
-  test("has its memory and not more; when it has used it up the VMM lives on", async () => {
+  test("has its memory and not more, and a console of a bounded size; the VMM lives on when both are used up", async () => {
+    const maxFileBytes = 4096;
+    const loud = (boot: CellBoot): CellBoot => ({ ...boot, commandLine: boot.commandLine.replace("quiet", "loglevel=8") });
+    const withConsole = await bench.open({ vmm: { ...vmm, buildLaunch: (boot) => ({ ...vmm.buildLaunch(loud(boot)), maxFileBytes }) } });
     const seen = record();
-    const cell = await start(cells, "sleep 1000", seen.handlers);
+    const cell = await start(withConsole, "sleep 1000", seen.handlers);
     await seen.started;
     const eater = await cell.exec({ argv: ["sh", "-c", "tail /dev/zero"], tty: false });
     eater.stdin.end();
@@ -135,7 +137,10 @@ describe.each(drivers)("a cell on %s", (_, vmm) => {
     expect(await outputOf(await cell.exec({ argv: ["echo", "alive"], tty: false }))).toBe("alive\n");
     const peakKib = Number.parseInt(fieldOf(await readFile(`/proc/${cell.pid}/status`, "utf8"), "VmHWM"), 10);
     expect(peakKib).toBeLessThan(cells.memoryMibOf({ vcpus: 1, memoryMib: 256 }) * 1024);
-    await cells.remove(cell.cellId);
+    const words = await withConsole.readConsole(cell.cellId);
+    expect(words.length).toBe(maxFileBytes);
+    expect(words.toString("latin1")).toContain("Linux version");
+    await withConsole.remove(cell.cellId);
   });
 
   test("a root file system altered by one byte does not start", async () => {

@@ -174,12 +174,13 @@ describe("any sequence of frames", () => {
     body: rarelyWrong(fc.uint8Array({ maxLength: 60 }).map((bytes) => Buffer.from(bytes))),
   });
   const tcp = fc.record({
-    cellPort: fc.constantFrom(80, 80, 443, 22),
-    remotePort: fc.constantFrom(5000, 5001),
+    cellPort: fc.constantFrom(80, 80, 80, 80, 80, 80, 443, 22),
+    remotePort: fc.constantFrom(5000, 5000, 5000, 5000, 5001),
     flags: fc.oneof(fc.constantFrom(SYN, SYN | ACK, ACK, ACK, FIN | ACK, FIN | ACK, RST), fc.integer({ min: 0, max: 255 })),
-    sequence: fc.constantFrom(0, 1, 2, 0xffffffff),
-    acknowledgement: fc.constantFrom(0, 1, 2, 3),
-    payloadBytes: fc.integer({ min: 0, max: 2 }),
+    // Few numbers, so that acknowledgements often meet the FIN they are for.
+    sequence: fc.constantFrom(0, 0, 0, 0xffffffff),
+    acknowledgement: fc.constantFrom(0, 1, 1, 1, 2),
+    payloadBytes: fc.constantFrom(0, 0, 0, 1),
     headerWords: fc.constantFrom(5, 5, 5, 5, 5, 5, 4, 6, 15),
   });
   const crafted = fc.tuple(side, tcp, wrong).map(([sender, { cellPort, remotePort, ...segment }, mistakes]) => {

@@ -12,7 +12,8 @@ import { cellPath, namesIn, removeFolderIfEmpty, stateFolder } from "./state.ts"
 /**
  * Published ports. The listener is opened in the host's network namespace and handed to a proxy that lives in the
  * cell's: there it can reach the cell and nothing else. Each port is one process of its own, unprivileged, in the cell's
- * cgroup and in no relation to the agent, whose death it does not notice.
+ * cgroup and in no relation to the agent, whose death it does not notice. The proxy (systemd-socket-proxyd) knows no
+ * half-closed connections: when one side ends, both do, once what it had sent is delivered.
  */
 
 export interface PublishOptions {

@@ -1,5 +1,5 @@
 import { execa } from "execa";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { release, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -26,6 +26,7 @@ else await demonstrate({ env: {}, upArgs: [], publish: 8080 });
 async function demonstrateAndLeave(): Promise<void> {
   const before = await takeInventory();
   const folder = await mkdtemp(join(tmpdir(), "forge-demo-"));
+  await chmod(folder, 0o711); // the control plane's user must get to its own folder below
   const [apiPort, nodePort, publish] = await freePorts(3);
   const upArgs = ["--data", join(folder, "data"), "--api-port", String(apiPort), "--node-port", String(nodePort)];
   const place = { env: { FORGE_HOME: join(folder, "home") }, upArgs, publish: publish ?? 0 };

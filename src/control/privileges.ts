@@ -15,8 +15,18 @@ export async function dropPrivileges(dataDir: string): Promise<string> {
   await mkdir(folder, { recursive: true, mode: 0o700 });
   if (process.getuid?.() === 0) await becomeSystemUser(folder);
   process.umask(0o077);
-  process.chdir(folder);
+  enter(folder);
   return folder;
+}
+
+/** A folder above that only root may pass is a mistake a person can mend. */
+function enter(folder: string): void {
+  try {
+    process.chdir(folder);
+  } catch (error) {
+    const message = `the user ${systemUser} cannot get to ${folder}: a folder above it lets only its owner pass (chmod o+x, or choose another data folder)`;
+    throw new ForgeError("UNSUPPORTED", message, { cause: error });
+  }
 }
 
 async function becomeSystemUser(folder: string): Promise<void> {

@@ -19,7 +19,10 @@ export type ServiceRow = Selectable<ServiceTable>;
 
 /** Creates the service, makes a new revision, changes its scale, or finds nothing to do. Refuses what is certain not to work. */
 export async function applyService(trx: Trx, control: Control, tenantId: string, request: ApplyRequest): Promise<Plan> {
-  const signedBy = await admitImage(trx, tenantId, request.imageDigest);
+  const signedBy = await admitImage(trx, tenantId, request.imageDigest).catch((error: unknown) => {
+    if (request.dryRun && error instanceof ForgeError && error.code === "IMAGE_NOT_FOUND") return undefined; // pushed and verified by the deploy itself
+    throw error;
+  });
   const current = await lockService(trx, tenantId, request.name);
   const cells = current === undefined ? [] : await currentCells(trx, current);
   const change = await planChange(trx, current, cells, request);
@@ -27,7 +30,7 @@ export async function applyService(trx: Trx, control: Control, tenantId: string,
   const serviceId = current?.id ?? newId("svc");
   const missing = change.newRevision ? request.spec.replicas : Math.max(request.spec.replicas - cells.length, 0);
   await checkRoom(trx, serviceId, request, missing);
-  if (request.dryRun || plan.action === "unchanged") return plan;
+  if (request.dryRun || signedBy === undefined || plan.action === "unchanged") return plan;
 
   const now = new Date();
   const service = { jurisdiction: request.jurisdiction, revision: plan.revision, desired: "running" as const, updated_at: now };

@@ -27,7 +27,7 @@ beforeAll(async () => {
   await writeBusyboxImage(join(runtime.folder, "web"), { env: ["PATH=/bin", "COLOUR=blue"], workingDir: "/www" });
   await runtime.ok("image", "sign", join(runtime.folder, "web"));
 }, 120_000);
-afterAll(() => runtime.destroy(), 120_000);
+afterAll(() => runtime?.destroy(), 120_000);
 
 describe("a service, from its manifest to its end", () => {
   test("a dry run shows the plan and makes nothing", async () => {
@@ -70,9 +70,9 @@ describe("a service, from its manifest to its end", () => {
   test("logs hold what it wrote, each stream under its name", async () => {
     const logs = await eventually("the request is in the log", 10_000, async () => {
       const text = await runtime.ok("logs", "web");
-      return text.includes("/") && text.includes("200") ? text : undefined;
+      return text.includes("response:200") ? text : undefined;
     });
-    expect(logs).toMatch(/response:200|url:\//);
+    expect(logs).toContain("response:200");
   });
 
   test("a change is a new revision: the new cell is ready before the old one goes", async () => {

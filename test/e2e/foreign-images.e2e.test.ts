@@ -16,7 +16,7 @@ beforeAll(async () => {
   runtime = await Runtime.start();
   ports = await freePorts(3);
 }, 120_000);
-afterAll(() => runtime.destroy(), 120_000);
+afterAll(() => runtime?.destroy(), 120_000);
 
 /** A root file system from packages, packed by umoci with the given config. */
 async function makeImage(name: string, packages: string, config: readonly string[]): Promise<void> {

@@ -16,7 +16,7 @@ beforeAll(async () => {
   await writeBusyboxImage(at("signed"));
   await runtime.ok("image", "sign", at("signed"));
 }, 120_000);
-afterAll(() => runtime.destroy(), 120_000);
+afterAll(() => runtime?.destroy(), 120_000);
 
 async function refusal(image: string): Promise<ErrorBody> {
   const manifest = await runtime.manifest({ web: { image, memory: "128MiB" } });

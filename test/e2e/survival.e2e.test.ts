@@ -23,7 +23,7 @@ beforeAll(async () => {
   const web = { image: "./web", replicas: 3, memory: "128MiB", ports, health: { http: "/", port: 80 }, stopTimeout: "2s" };
   await runtime.ok("deploy", await runtime.manifest({ web }));
 }, 180_000);
-afterAll(() => runtime.destroy(), 120_000);
+afterAll(() => runtime?.destroy(), 120_000);
 
 /** Twelve connections: with three replicas behind one port, each is met. */
 async function allAnswer(): Promise<void> {

@@ -29,7 +29,7 @@ beforeAll(async () => {
   await writeBusyboxImage(at("web"));
   await runtime.ok("image", "sign", at("web"));
 }, 120_000);
-afterAll(() => runtime.destroy(), 120_000);
+afterAll(() => runtime?.destroy(), 120_000);
 
 describe("what a person gets wrong", () => {
   test("broken YAML: line and column", async () => {

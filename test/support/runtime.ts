@@ -1,5 +1,5 @@
 import { execa } from "execa";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -27,7 +27,9 @@ export class Runtime {
   static async start(options: { up?: readonly string[]; netns?: string; folder?: string } = {}): Promise<Runtime> {
     const [apiPort = 0, nodePort = 0] = await freePorts(2);
     const prefix = options.netns === undefined ? [] : ["nsenter", `--net=/run/netns/${options.netns}`];
-    const runtime = new Runtime(await mkdtemp(join(options.folder ?? tmpdir(), "forge-e2e-")), apiPort, nodePort, prefix);
+    const folder = await mkdtemp(join(options.folder ?? tmpdir(), "forge-e2e-"));
+    await chmod(folder, 0o711); // the control plane's user must get to its own folder below
+    const runtime = new Runtime(folder, apiPort, nodePort, prefix);
     await runtime.up(...(options.up ?? []));
     return runtime;
   }

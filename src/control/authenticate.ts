@@ -53,7 +53,8 @@ export class Authenticator {
     const caller = match === null ? undefined : await this.#findCaller(match[1] ?? "", match[2] ?? "");
     if (typeof caller === "object") return caller;
     const reason = caller ?? (header === undefined ? "no token" : "malformed token");
-    return this.#refuse(reason, address, route);
+    await this.refuse(reason, address, route);
+    throw new ForgeError("UNAUTHENTICATED", reason === "no token" ? "this needs an API token" : `the API token was refused: ${reason}`);
   }
 
   async #findCaller(id: string, secret: string): Promise<Caller | "unknown token" | "expired token"> {
@@ -75,8 +76,11 @@ export class Authenticator {
     await query(update.execute(this.#control.db));
   }
 
-  /** The first failures of a minute are in the log one by one, the rest as the count the next minute begins with. */
-  async #refuse(reason: string, address: string, route: string): Promise<never> {
+  /**
+   * Counts and records a refusal of somebody unknown; throws TOO_MANY_ATTEMPTS when there were too many. The first of a
+   * minute are in the log one by one, the rest as the count the next minute begins with.
+   */
+  async refuse(reason: string, address: string, route: string): Promise<void> {
     const earlier = this.#beginMinute();
     const count = (this.#failures.get(address) ?? 0) + 1;
     if (this.#failures.has(address) || this.#failures.size < maxAddresses) this.#failures.set(address, count);
@@ -84,7 +88,6 @@ export class Authenticator {
     if (earlier > 0) records.unshift({ reason: `${earlier} more refusals in an earlier minute`, route: "any", address: "any" });
     if (records.length > 0) await this.#record(records);
     if (count > allowedFailures) throw new ForgeError("TOO_MANY_ATTEMPTS", `${count} requests with invalid tokens came from ${address} within a minute`);
-    throw new ForgeError("UNAUTHENTICATED", reason === "no token" ? "this needs an API token" : `the API token was refused: ${reason}`);
   }
 
   /** Forgets the counts when a minute is over; returns how many failures the log has not told of. */

@@ -6,22 +6,25 @@ import { genesis } from "../audit/index.ts";
 import { ForgeError } from "../base/errors.ts";
 import { newId } from "../base/ids.ts";
 import { issueNodeCertificate } from "../mesh/index.ts";
-import { appendDenial, appendEvents } from "./audit-log.ts";
-import { hashSecret } from "./authenticate.ts";
+import { appendEvents } from "./audit-log.ts";
+import { type Authenticator, hashSecret } from "./authenticate.ts";
 import type { Control } from "./context.ts";
 import { transact, type Trx } from "./db/database.ts";
 
 type JoinRequest = z.output<typeof nodeRoutes.join.body>;
 
 /** The one node route on the API's port: the node has no certificate yet, and a one-time token speaks for it. */
-export function registerJoin(app: FastifyInstance, control: Control): void {
+export function registerJoin(app: FastifyInstance, control: Control, authenticator: Authenticator): void {
   app.route({
     method: nodeRoutes.join.method,
     url: nodeRoutes.join.path,
     schema: { body: nodeRoutes.join.body, response: { 200: nodeRoutes.join.response } },
     handler: async (request) => {
       const body = request.body as JoinRequest;
-      const { nodeId, certificatePem } = await transact(control.db, (trx) => join(trx, control, body)).catch((error: unknown) => refuse(control, body, error));
+      const { nodeId, certificatePem } = await transact(control.db, (trx) => join(trx, control, body)).catch(async (error: unknown) => {
+        if (error instanceof ForgeError && error.code === "UNAUTHENTICATED") await authenticator.refuse(error.message, request.ip, "join");
+        throw error;
+      });
       return { nodeId, certificatePem, caPem: control.authority.certificatePem, installationPrefix: control.installation.prefix };
     },
   });
@@ -62,11 +65,4 @@ async function insertNode(trx: Trx, id: string, fingerprint: string, { facts, sp
     })
     .onConflict((on) => on.column("name").doNothing()).returning("id").executeTakeFirst();
   if (row === undefined) throw new ForgeError("CONFLICT", `a node named ${name} has joined already`);
-}
-
-async function refuse(control: Control, request: JoinRequest, error: unknown): Promise<never> {
-  if (error instanceof ForgeError && error.code === "UNAUTHENTICATED") {
-    await appendDenial(control, { tenant: null, kind: "node.refused", actor: "anonymous", subject: `node/${request.facts.name.slice(0, 128)}`, details: { reason: error.message } });
-  }
-  throw error;
 }

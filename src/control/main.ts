@@ -12,7 +12,6 @@ import type { Control } from "./context.ts";
 import { type Database, openDatabase, transact } from "./db/database.ts";
 import { migrate } from "./db/migrations.ts";
 import { Wakes } from "./db/wakes.ts";
-import { registerJoin } from "./join.ts";
 import { createNodeServer } from "./node-server.ts";
 import { type Cluster, openCluster } from "./postgres.ts";
 import { dropPrivileges } from "./privileges.ts";
@@ -55,6 +54,8 @@ export interface RunningControl {
   readonly apiPort: number;
   readonly nodePort: number;
   stop(): Promise<void>;
+  /** Leaves the jobs to another runner. */
+  stopReconciler(): Promise<void>;
 }
 
 /** The wiring: every part the control plane is made of, in the order they need one another. */
@@ -72,13 +73,14 @@ export async function startControl(folder: string, options: ControlOptions, log:
 
   const names = ["localhost", "127.0.0.1", "::1", "forge.local", options.apiAddress];
   const identity = await issueServerCertificate(foundation.authority, { names: [...new Set(names)] });
-  const api = await createApiServer(control, identity, (app) => registerJoin(app, control));
+  const api = await createApiServer(control, identity);
   const nodes = await createNodeServer(control, identity);
   const reconciler = new Reconciler(control);
   await listen(api, options.apiAddress, options.apiPort);
   await listen(nodes, options.apiAddress, options.nodePort);
   reconciler.start();
-  return { control, apiPort: portOf(api), nodePort: portOf(nodes), stop: () => stopAll({ control, api, nodes, reconciler, db, wakes, cluster }) };
+  const stopReconciler = (): Promise<void> => reconciler.stop();
+  return { control, apiPort: portOf(api), nodePort: portOf(nodes), stopReconciler, stop: () => stopAll({ control, api, nodes, reconciler, db, wakes, cluster }) };
 }
 
 async function listen(app: FastifyInstance, host: string, port: number): Promise<void> {

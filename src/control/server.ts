@@ -13,6 +13,7 @@ import type { Control } from "./context.ts";
 import { type AnyHandler, isAllowed, type Request } from "./handler.ts";
 import { handlers } from "./handlers.ts";
 import { errorFromFastify, requestError, sendRawError } from "./http-errors.ts";
+import { registerJoin } from "./join.ts";
 import { openExec } from "./routes/sessions.ts";
 import { bridge, maxMessageBytes } from "./sessions.ts";
 
@@ -24,12 +25,13 @@ export interface TlsIdentity {
 const maxBodyBytes = 4 * 1024 * 1024;
 const maxConnections = 1024;
 
-/** The public API: every route of the table, registered the same way. `join` adds the one node route that lives here. */
-export async function createApiServer(control: Control, identity: TlsIdentity, addNodeJoin: (app: FastifyInstance) => void): Promise<FastifyInstance> {
+/** The public API: every route of the table, registered the same way, and the one node route that lives here: join. */
+export async function createApiServer(control: Control, identity: TlsIdentity): Promise<FastifyInstance> {
   const app = newServer({ key: identity.privateKeyPem, cert: identity.certificatePem, minVersion: "TLSv1.3" });
-  const door = new Door(control);
+  const authenticator = new Authenticator(control);
+  const door = new Door(control, authenticator);
   for (const [name, route] of Object.entries(routes) as [RouteName, Route][]) registerRoute(app, control, door, name, route);
-  addNodeJoin(app);
+  registerJoin(app, control, authenticator);
   const sockets = newSocketServer(app);
   app.server.on("upgrade", (request, socket, head) => void upgrade(control, door, sockets, { request, socket, head }));
   await app.ready();
@@ -90,9 +92,9 @@ class Door {
   readonly #control: Control;
   readonly #authenticator: Authenticator;
 
-  constructor(control: Control) {
+  constructor(control: Control, authenticator: Authenticator) {
     this.#control = control;
-    this.#authenticator = new Authenticator(control);
+    this.#authenticator = authenticator;
   }
 
   async pass(name: RouteName, request: IncomingMessage): Promise<Caller> {

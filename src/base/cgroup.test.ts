@@ -98,7 +98,7 @@ describe.skipIf(process.getuid?.() !== 0 || tree.missing.length > 0)("real group
   test("kills all that is inside, children too", async () => {
     const group = tree.create(name(), limits);
     made.push(group);
-    const child = spawn("sh", ["-c", 'read -r go; sleep 1000 & sleep 1000 & wait'], { stdio: ["pipe", "ignore", "ignore"] });
+    const child = spawn("sh", ["-c", "read -r go; sleep 1000 & sleep 1000 & wait"], { stdio: ["pipe", "ignore", "ignore"] });
     const exited = once(child, "exit");
     for (const file of group.procsFiles) writeFileSync(file, `${child.pid}`);
     child.stdin.write("go\n");
@@ -114,8 +114,10 @@ describe.skipIf(process.getuid?.() !== 0 || tree.missing.length > 0)("real group
     const child = spawn("sh", ["-c", "read -r go; exec tail /dev/zero"], { stdio: ["pipe", "ignore", "ignore"] });
     const exited = once(child, "exit");
     for (const file of group.procsFiles) writeFileSync(file, `${child.pid}`);
+    expect(group.memoryKills()).toBe(0);
     child.stdin.write("go\n");
     expect((await exited)[1]).toBe("SIGKILL");
+    expect(group.memoryKills()).toBe(1);
   });
 
   test("CPUs are read back: what the kernel does not grant is an error and leaves nothing", () => {

@@ -119,6 +119,13 @@ export class Cgroup {
     return [...new Set(lines.filter((line) => line !== "").map(Number))];
   }
 
+  /** How many of its processes the kernel killed because the group was at its memory limit. */
+  memoryKills(): number {
+    const memory = this.#with("memory");
+    const text = readIfPresent(join(memory.folder, memory.version === 2 ? "memory.events" : "memory.oom_control"));
+    return Number(/^oom_kill (\d+)$/m.exec(text)?.[1] ?? 0);
+  }
+
   /** Kills every process of the group and returns when all are gone. Nothing in it can fork its way out. */
   async killAll(timeoutMs = 10_000): Promise<void> {
     const pids = this.#folders.find((folder) => folder.controllers.includes("pids"));
@@ -181,7 +188,10 @@ export class Cgroup {
 
 /** `0-2,5` → [0, 1, 2, 5] (cpuset(7), "List format"). */
 export function parseCpuList(text: string): number[] {
-  const parts = text.trim().split(",").filter((part) => part !== "");
+  const parts = text
+    .trim()
+    .split(",")
+    .filter((part) => part !== "");
   return parts.flatMap((part) => {
     const match = /^(\d{1,5})(?:-(\d{1,5}))?$/.exec(part);
     if (match === null) throw new ForgeError("INVALID_INPUT", `"${text.trim()}" is not a list of CPUs`);
@@ -213,7 +223,8 @@ export function findHierarchies(mountInfo: string): Hierarchy[] {
 
 /** One hierarchy may be mounted more than once. */
 function add(found: Hierarchy[], hierarchy: Hierarchy): void {
-  const same = (other: Hierarchy): boolean => other.version === hierarchy.version && other.controllers.join() === hierarchy.controllers.join();
+  const same = (other: Hierarchy): boolean =>
+    other.version === hierarchy.version && other.controllers.join() === hierarchy.controllers.join();
   if (!found.some(same)) found.push(hierarchy);
 }
 
@@ -243,7 +254,9 @@ function inheritCpuset(from: string, to: string): void {
 
 function listFolders(path: string): string[] {
   try {
-    return readdirSync(path, { withFileTypes: true }).filter((entry) => entry.isDirectory()).map((entry) => entry.name);
+    return readdirSync(path, { withFileTypes: true })
+      .filter((entry) => entry.isDirectory())
+      .map((entry) => entry.name);
   } catch (error) {
     if (errnoOf(error) === "ENOENT") return [];
     throw error;

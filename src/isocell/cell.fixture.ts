@@ -52,9 +52,10 @@ export async function openBench(): Promise<Bench> {
       if (taps.delete(tapFd)) closeSync(tapFd);
     },
     async [Symbol.asyncDispose]() {
-      for (const cells of opened) for (const cellId of await cells.list()) await cells.remove(cellId);
+      for (const cells of opened.splice(0)) for (const cellId of await cells.list()) await cells.remove(cellId);
       for (const tapFd of taps) closeSync(tapFd);
-      for (const netnsPath of netnsPaths) removeNetns(netnsPath);
+      taps.clear();
+      for (const netnsPath of netnsPaths.splice(0)) removeNetns(netnsPath);
       await rm(folder, { recursive: true, force: true });
     },
   };

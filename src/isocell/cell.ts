@@ -2,7 +2,15 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { Cgroup } from "../base/cgroup.ts";
 import { type ErrorCode, ForgeError, toForgeError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
-import { type ExecOptions, type ExecSession, type ExitStatus, GuestChannel, type GuestHandlers, type GuestLog, type ProbeResult } from "./channel.ts";
+import {
+  type ExecOptions,
+  type ExecSession,
+  type ExitStatus,
+  GuestChannel,
+  type GuestHandlers,
+  type GuestLog,
+  type ProbeResult,
+} from "./channel.ts";
 import { readDiagnostics, type VmmProcess } from "./vmm/process.ts";
 
 /** booting: no word from init yet. booted: init speaks. running: the entrypoint runs. ended: the VMM is dead. */
@@ -204,7 +212,9 @@ export class Cell {
 
   async #finish(): Promise<void> {
     const diedAlone = await this.#waitForDeath();
-    await this.#parts.cgroup.killAll().catch((error: unknown) => this.#parts.log.error({ err: error, cell: this.cellId }, "a process of the cell does not die"));
+    await this.#parts.cgroup
+      .killAll()
+      .catch((error: unknown) => this.#parts.log.error({ err: error, cell: this.cellId }, "a process of the cell does not die"));
     const end = await this.#describeEnd(diedAlone);
     this.#state = "ended";
     this.#connected.reject(new ForgeError("CELL_FAILED", `the cell has ended: ${end.reason}`));
@@ -226,13 +236,15 @@ export class Cell {
   async #describeEnd(diedAlone: boolean): Promise<CellEnd> {
     const status = this.#status;
     if (status !== null) {
-      const reason = "code" in status ? `the entrypoint exited with status ${status.code}` : `the entrypoint was killed by signal ${status.signal}`;
+      const reason =
+        "code" in status ? `the entrypoint exited with status ${status.code}` : `the entrypoint was killed by signal ${status.signal}`;
       return { status, failure: null, reason };
     }
     if (this.#request !== undefined) return { status, failure: null, reason: `the cell was ${this.#request}` };
     const failure = this.#failure;
     if (failure !== undefined && !diedAlone) return failed(failure.code, failure.message);
     if (failure?.details?.["guest"] !== undefined) return failed(failure.code, failure.message);
+    if (this.#parts.cgroup.memoryKills() > 0) return failed("CELL_FAILED", "the microVM was killed: it needed more memory than its limit");
     const words = await readDiagnostics(this.#parts.cellDir).catch(() => "");
     return failed("CELL_FAILED", words === "" ? "the microVM died" : `the microVM died: ${words}`);
   }

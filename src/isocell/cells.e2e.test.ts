@@ -25,7 +25,6 @@ beforeAll(async () => {
 });
 afterAll(async () => {
   await bench[Symbol.asyncDispose]();
-  expect(new CgroupTree().list().filter((name) => started.has(name))).toEqual([]);
 });
 const started = new Set<string>();
 
@@ -179,6 +178,13 @@ test("the boot probe proves what works, says what does not, and leaves nothing",
 
 test("a folder whose sockets would have too long a path is refused", async () => {
   await expect(bench.open({ dir: `/${newId("cell").repeat(4)}` })).rejects.toMatchObject({ code: "INVALID_INPUT" });
+});
+
+test("of all these cells nothing is left", async () => {
+  await bench[Symbol.asyncDispose]();
+  expect(new CgroupTree().list().filter((name) => started.has(name) || name.startsWith("probe-"))).toEqual([]);
+  expect(await readFile("/proc/self/mountinfo", "utf8")).not.toContain(bench.folder);
+  await expect(stat(bench.folder)).rejects.toMatchObject({ code: "ENOENT" });
 });
 
 async function start(cells: IsoCells, script: string, handlers: CellHandlers) {

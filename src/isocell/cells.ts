@@ -81,7 +81,10 @@ export class IsoCells {
   static async open(options: IsoCellsOptions): Promise<IsoCells> {
     const longest = join(options.dir, `cell_${"0".repeat(24)}`, files.channel);
     if (Buffer.byteLength(longest) > maxSocketPathBytes) {
-      throw new ForgeError("INVALID_INPUT", `${options.dir} is too long a path: a socket below it would exceed ${maxSocketPathBytes} bytes`);
+      throw new ForgeError(
+        "INVALID_INPUT",
+        `${options.dir} is too long a path: a socket below it would exceed ${maxSocketPathBytes} bytes`,
+      );
     }
     await makeDirectory(options.dir);
     const cells = new IsoCells(options, await loadGuest(options.buildDir));
@@ -155,7 +158,10 @@ export class IsoCells {
   /** Every cell of which something is left on disk, running or not. */
   async list(): Promise<string[]> {
     const entries = await readdir(this.#options.dir, { withFileTypes: true });
-    return entries.filter((entry) => entry.isDirectory() && cellIdPattern.test(entry.name)).map((entry) => entry.name).sort();
+    return entries
+      .filter((entry) => entry.isDirectory() && cellIdPattern.test(entry.name))
+      .map((entry) => entry.name)
+      .sort();
   }
 
   /** Ends the cell however it is, and removes every trace: processes, control group, files. Absent is fine. */

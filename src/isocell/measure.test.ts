@@ -3,7 +3,13 @@ import { describe, expect, test } from "vitest";
 import { type BootInputs, measureBoot } from "./measure.ts";
 
 const digest = (fill: string): string => `sha256:${fill.repeat(64)}`;
-const inputs: BootInputs = { kernelDigest: digest("1"), initramfsDigest: digest("2"), rootHash: "3".repeat(64), commandLine: "quiet", configDrive: Buffer.from("config") };
+const inputs: BootInputs = {
+  kernelDigest: digest("1"),
+  initramfsDigest: digest("2"),
+  rootHash: "3".repeat(64),
+  commandLine: "quiet",
+  configDrive: Buffer.from("config"),
+};
 
 describe("the measurement of a boot", () => {
   test("is the digest of the documented text", () => {

@@ -4,11 +4,24 @@ import { bootExample } from "./vmm.fixture.ts";
 
 /** Required and allowed fields of the objects we send, from Firecracker's swagger/firecracker.yaml at 1.17.0-dev. */
 const definitions: Record<string, { readonly required: readonly string[]; readonly allowed: readonly string[] }> = {
-  "machine-config": { required: ["mem_size_mib", "vcpu_count"], allowed: ["cpu_template", "smt", "mem_size_mib", "track_dirty_pages", "vcpu_count", "huge_pages"] },
+  "machine-config": {
+    required: ["mem_size_mib", "vcpu_count"],
+    allowed: ["cpu_template", "smt", "mem_size_mib", "track_dirty_pages", "vcpu_count", "huge_pages"],
+  },
   "boot-source": { required: ["kernel_image_path"], allowed: ["boot_args", "initrd_path", "kernel_image_path"] },
   drives: {
     required: ["drive_id", "is_root_device"],
-    allowed: ["drive_id", "partuuid", "is_root_device", "cache_type", "is_read_only", "path_on_host", "rate_limiter", "io_engine", "socket"],
+    allowed: [
+      "drive_id",
+      "partuuid",
+      "is_root_device",
+      "cache_type",
+      "is_read_only",
+      "path_on_host",
+      "rate_limiter",
+      "io_engine",
+      "socket",
+    ],
   },
   "network-interfaces": {
     required: ["host_dev_name", "iface_id"],

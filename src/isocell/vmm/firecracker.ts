@@ -26,7 +26,14 @@ const maxConsoleBytes = 256 * 1024;
 const guestCid = 3;
 
 /** Names of what the jail holds; hard links or copies, for the jailed process sees nothing else. */
-export const jailFiles = { kernel: "vmlinux", initramfs: "initramfs", root: "root", config: "config", channel: "channel", vm: "vm.json" } as const;
+export const jailFiles = {
+  kernel: "vmlinux",
+  initramfs: "initramfs",
+  root: "root",
+  config: "config",
+  channel: "channel",
+  vm: "vm.json",
+} as const;
 
 /** What `firecracker --no-api --config-file` reads: FullVmConfiguration of its API description. Paths as the jail has them. */
 export function buildFirecrackerConfig(boot: CellBoot): Record<string, unknown> {
@@ -49,20 +56,20 @@ export function buildFirecrackerConfig(boot: CellBoot): Record<string, unknown> 
  */
 export function buildJailerArgs(boot: CellBoot): string[] {
   return [
-    "--id", boot.cellId.replaceAll("_", "-"), // letters, digits and hyphens only
-    "--exec-file", execFile,
-    "--uid", `${boot.uid}`,
-    "--gid", `${boot.gid}`,
-    "--cgroup-version", "2",
-    "--parent-cgroup", `forge/${boot.cellId}`,
-    "--chroot-base-dir", boot.cellDir,
-    ...(boot.netnsPath === null ? [] : ["--netns", boot.netnsPath]),
-    "--resource-limit", `fsize=${maxConsoleBytes}`,
+    ["--id", boot.cellId.replaceAll("_", "-")], // letters, digits and hyphens only
+    ["--exec-file", execFile],
+    ["--uid", `${boot.uid}`],
+    ["--gid", `${boot.gid}`],
+    ["--cgroup-version", "2"],
+    ["--parent-cgroup", `forge/${boot.cellId}`],
+    ["--chroot-base-dir", boot.cellDir],
+    boot.netnsPath === null ? [] : ["--netns", boot.netnsPath],
+    ["--resource-limit", `fsize=${maxConsoleBytes}`],
     "--new-pid-ns",
     "--",
     "--no-api",
-    "--config-file", inJail(jailFiles.vm),
-  ];
+    ["--config-file", inJail(jailFiles.vm)],
+  ].flat();
 }
 
 /** Neither drive is a root device to Firecracker: the initramfs mounts the root, so the kernel gets no `root=`. */

@@ -34,7 +34,11 @@ const verdictSchema = z.object({ key: z.string(), accelerator: z.enum(["kvm", "t
  * kernel and QEMU version; the verdict is kept on disk.
  */
 export async function chooseVmm(options: ChooseOptions): Promise<{ vmm: Vmm; choice: VmmChoice }> {
-  const [version, guest, bootId] = await Promise.all([qemuVersion(), loadGuest(options.buildDir), readFile("/proc/sys/kernel/random/boot_id", "utf8")]);
+  const [version, guest, bootId] = await Promise.all([
+    qemuVersion(),
+    loadGuest(options.buildDir),
+    readFile("/proc/sys/kernel/random/boot_id", "utf8"),
+  ]);
   await makeDirectory(options.stateDir);
   const choice = await verdict(options.stateDir, [bootId.trim(), version, guest.kernelDigest, guest.initramfsDigest].join(" "), guest);
   return { vmm: qemuDriver(choice.accelerator, version), choice };
@@ -48,7 +52,9 @@ async function verdict(stateDir: string, key: string, guest: GuestFiles): Promis
   if (kept?.key === key) return { accelerator: kept.accelerator, reason: kept.reason };
   const failure = await tryBoot("kvm", stateDir, guest);
   const choice: VmmChoice =
-    failure === undefined ? { accelerator: "kvm", reason: "hardware virtualisation: a guest booted on it" } : { accelerator: "tcg", reason: `emulating: ${failure}` };
+    failure === undefined
+      ? { accelerator: "kvm", reason: "hardware virtualisation: a guest booted on it" }
+      : { accelerator: "tcg", reason: `emulating: ${failure}` };
   await writeDurable(path, JSON.stringify({ key, ...choice }));
   return choice;
 }
@@ -71,11 +77,19 @@ export async function tryBoot(accelerator: Accelerator, stateDir: string, guest:
   const cgroup = new CgroupTree().create(`probe-${process.pid}`, { memoryBytes: 512 * 1024 * 1024, processes: 64, cpus: null });
   try {
     const boot = probeBoot(cellDir, guest);
-    await Promise.all([mkdir(join(cellDir, "jail")), writeFile(boot.rootfsPath, Buffer.alloc(4096)), writeFile(boot.configDrivePath, Buffer.alloc(4096))]);
+    await Promise.all([
+      mkdir(join(cellDir, "jail")),
+      writeFile(boot.rootfsPath, Buffer.alloc(4096)),
+      writeFile(boot.configDrivePath, Buffer.alloc(4096)),
+    ]);
     const vmm = await spawnVmm(qemuDriver(accelerator, "").buildLaunch(boot), { cellDir, netnsPath: null, cgroup });
     const died = new AbortController();
     void vmm.exited?.then(() => died.abort());
-    const channel = await GuestChannel.connect(boot.channelPath, { lastLogSequence: 0, timeoutMs: bootDeadlineMs[accelerator], signal: died.signal });
+    const channel = await GuestChannel.connect(boot.channelPath, {
+      lastLogSequence: 0,
+      timeoutMs: bootDeadlineMs[accelerator],
+      signal: died.signal,
+    });
     await channel.close();
     return undefined;
   } catch (error) {

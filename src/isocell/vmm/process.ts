@@ -51,7 +51,11 @@ exec "$@"
 /** Starts the process; returns once it exists and has its groups, namespace and name to come. Throws EXEC_FAILED when it cannot. */
 export async function spawnVmm(launch: Launch, options: SpawnOptions): Promise<VmmProcess> {
   for (const { path, content } of launch.files) await writeFile(path, content, { mode: 0o600 });
-  const diagnostics = await open(join(options.cellDir, diagnosticsFileName), constants.O_WRONLY | constants.O_CREAT | constants.O_APPEND, 0o600);
+  const diagnostics = await open(
+    join(options.cellDir, diagnosticsFileName),
+    constants.O_WRONLY | constants.O_CREAT | constants.O_APPEND,
+    0o600,
+  );
   try {
     const start = (): ChildProcess => spawnDetached(launch, options, diagnostics.fd);
     const child = options.netnsPath === null ? start() : inNetns(options.netnsPath, start);
@@ -78,7 +82,8 @@ export async function readDiagnostics(cellDir: string): Promise<string> {
 
 function spawnDetached(launch: Launch, options: SpawnOptions, diagnosticsFd: number): ChildProcess {
   const groups = options.cgroup.procsFiles;
-  if (groups.some((file) => /[\s*?[\]\\]/.test(file))) throw new ForgeError("UNSUPPORTED", "a control group is mounted where the name has blanks");
+  if (groups.some((file) => /[\s*?[\]\\]/.test(file)))
+    throw new ForgeError("UNSUPPORTED", "a control group is mounted where the name has blanks");
   const maxBlocks = Math.ceil(launch.maxFileBytes / 512); // the unit of ulimit -f (POSIX, sh)
   const script = [groups.join(" "), join(options.cellDir, pidFileName), `${maxBlocks}`, launch.program, ...launch.args];
   return spawn("/bin/sh", ["-c", prelude, "forge-cell", ...script], {

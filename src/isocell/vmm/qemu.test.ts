@@ -7,7 +7,11 @@ const cell = "/var/lib/forge/agent/cells/cell_0123456789abcdefghjkmnpq";
 
 describe("the command line", () => {
   test("of an emulated cell, whole", () => {
-    expect(buildQemuArgs(bootExample, "tcg").join(" ").split(/ (?=-)/)).toEqual([
+    expect(
+      buildQemuArgs(bootExample, "tcg")
+        .join(" ")
+        .split(/ (?=-)/),
+    ).toEqual([
       "-name guest=forge-cell_0123456789abcdefghjkmnpq",
       "-nodefaults",
       "-no-user-config",

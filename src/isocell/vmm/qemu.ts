@@ -45,6 +45,8 @@ function buildLaunch(boot: CellBoot, accelerator: Accelerator): Launch {
   };
 }
 
+type Option = readonly [flag: string, value?: string];
+
 /** The whole command line; the TAP, where there is one, is descriptor 3 of the process. No secret is ever in it. */
 export function buildQemuArgs(boot: CellBoot, accelerator: Accelerator): string[] {
   if (!Number.isInteger(boot.vcpus) || boot.vcpus < 1 || boot.vcpus > mostVcpus) {
@@ -61,65 +63,85 @@ export function buildQemuArgs(boot: CellBoot, accelerator: Accelerator): string[
     ...entropy(),
     ...network(boot),
     ...confinement(boot),
-  ];
+  ].flatMap(([flag, value]) => (value === undefined ? [flag] : [flag, value]));
 }
 
-function identity(boot: CellBoot): string[] {
-  return ["-name", `guest=forge-${escapeCommas(boot.cellId)}`, "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"];
+function identity(boot: CellBoot): Option[] {
+  return [
+    ["-name", `guest=forge-${escapeCommas(boot.cellId)}`],
+    ["-nodefaults"],
+    ["-no-user-config"],
+    ["-display", "none"],
+    ["-monitor", "none"],
+    ["-no-reboot"],
+  ];
 }
 
 /**
  * q35 without the devices a cell has no use for: the smallest PC that a distribution's kernel boots (its virtio drivers
  * want PCI, so `microvm` is for our own kernel). Guest memory is neither shared between guests nor dumped.
  */
-function machine(boot: CellBoot, accelerator: Accelerator): string[] {
-  const options = ["usb=off", "vmport=off", "smm=off", "hpet=off", "sata=off", "smbus=off", "i8042=off", "dump-guest-core=off", "mem-merge=off"];
+function machine(boot: CellBoot, accelerator: Accelerator): Option[] {
+  const without = ["usb", "vmport", "smm", "hpet", "sata", "smbus", "i8042", "dump-guest-core", "mem-merge"];
   const threads = boot.vcpus > 1 ? "multi" : "single";
   return [
-    "-machine", ["q35", ...options].join(","),
-    "-accel", accelerator === "kvm" ? "kvm" : `tcg,thread=${threads},tb-size=${translationBufferMib}`,
-    "-cpu", accelerator === "kvm" ? "host" : "max",
-    "-smp", `cpus=${boot.vcpus},sockets=1,cores=${boot.vcpus},threads=1`,
-    "-m", `size=${boot.memoryMib}M`,
-    "-overcommit", "mem-lock=off",
-    "-rtc", "base=utc",
+    ["-machine", ["q35", ...without.map((option) => `${option}=off`)].join(",")],
+    ["-accel", accelerator === "kvm" ? "kvm" : `tcg,thread=${threads},tb-size=${translationBufferMib}`],
+    ["-cpu", accelerator === "kvm" ? "host" : "max"],
+    ["-smp", `cpus=${boot.vcpus},sockets=1,cores=${boot.vcpus},threads=1`],
+    ["-m", `size=${boot.memoryMib}M`],
+    ["-overcommit", "mem-lock=off"],
+    ["-rtc", "base=utc"],
   ];
 }
 
-function kernel(boot: CellBoot): string[] {
-  return ["-kernel", boot.kernelPath, "-initrd", boot.initramfsPath, "-append", boot.commandLine];
+function kernel(boot: CellBoot): Option[] {
+  return [
+    ["-kernel", boot.kernelPath],
+    ["-initrd", boot.initramfsPath],
+    ["-append", boot.commandLine],
+  ];
 }
 
 /** Appended to by one writer and bounded by Launch.maxFileBytes: what does not fit is dropped and the guest runs on. */
-function console(boot: CellBoot): string[] {
-  return ["-chardev", `file,id=console,path=${escapeCommas(boot.consolePath)},append=on`, "-serial", "chardev:console"];
-}
-
-/** Read-only twice: QEMU opens the file so, and the guest's device says so. Cells of one image share the page cache. */
-function disk(id: string, path: string): string[] {
-  const file = `file.driver=file,file.filename=${escapeCommas(path)},file.aio=threads`;
+function console(boot: CellBoot): Option[] {
   return [
-    "-blockdev", `driver=raw,node-name=${id},read-only=on,${file}`,
-    "-device", `virtio-blk-pci,drive=${id},serial=forge-${id},disable-legacy=on,romfile=`,
+    ["-chardev", `file,id=console,path=${escapeCommas(boot.consolePath)},append=on`],
+    ["-serial", "chardev:console"],
   ];
 }
 
-function channel(boot: CellBoot): string[] {
+/** Read-only twice: QEMU opens the file so, and the guest's device says so. Cells of one image share the page cache. */
+function disk(id: string, path: string): Option[] {
+  const file = `file.driver=file,file.filename=${escapeCommas(path)},file.aio=threads`;
   return [
-    "-chardev", `socket,id=channel,path=${escapeCommas(boot.channelPath)},server=on,wait=off`,
-    "-device", "virtio-serial-pci,max_ports=2,disable-legacy=on,romfile=",
-    "-device", "virtserialport,chardev=channel,name=forge.0,nr=1",
+    ["-blockdev", `driver=raw,node-name=${id},read-only=on,${file}`],
+    ["-device", `virtio-blk-pci,drive=${id},serial=forge-${id},disable-legacy=on,romfile=`],
+  ];
+}
+
+function channel(boot: CellBoot): Option[] {
+  return [
+    ["-chardev", `socket,id=channel,path=${escapeCommas(boot.channelPath)},server=on,wait=off`],
+    ["-device", "virtio-serial-pci,max_ports=2,disable-legacy=on,romfile="],
+    ["-device", "virtserialport,chardev=channel,name=forge.0,nr=1"],
   ];
 }
 
 /** The guest cannot drain the host's entropy: at most 1 KiB a second. */
-function entropy(): string[] {
-  return ["-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy,max-bytes=1024,period=1000,disable-legacy=on,romfile="];
+function entropy(): Option[] {
+  return [
+    ["-object", "rng-builtin,id=entropy"],
+    ["-device", "virtio-rng-pci,rng=entropy,max-bytes=1024,period=1000,disable-legacy=on,romfile="],
+  ];
 }
 
-function network(boot: CellBoot): string[] {
-  if (boot.tapFd === null) return ["-nic", "none"];
-  return ["-netdev", "tap,id=net,fd=3,vhost=off", "-device", `virtio-net-pci,netdev=net,mac=${boot.guestMac},disable-legacy=on,romfile=`];
+function network(boot: CellBoot): Option[] {
+  if (boot.tapFd === null) return [["-nic", "none"]];
+  return [
+    ["-netdev", "tap,id=net,fd=3,vhost=off"],
+    ["-device", `virtio-net-pci,netdev=net,mac=${boot.guestMac},disable-legacy=on,romfile=`],
+  ];
 }
 
 /**
@@ -127,11 +149,11 @@ function network(boot: CellBoot): string[] {
  * gives up starting programs. `elevateprivileges` stays allowed because its filter is in force before that step and would
  * forbid the very setuid that drops root; no_new_privs, which the filter brings along, keeps root out of reach after it.
  */
-function confinement(boot: CellBoot): string[] {
+function confinement(boot: CellBoot): Option[] {
   return [
-    "-chroot", join(boot.cellDir, "jail"),
-    "-runas", `${boot.uid}:${boot.gid}`,
-    "-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=deny,resourcecontrol=deny",
+    ["-chroot", join(boot.cellDir, "jail")],
+    ["-runas", `${boot.uid}:${boot.gid}`],
+    ["-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=deny,resourcecontrol=deny"],
   ];
 }
 

@@ -63,7 +63,7 @@ async function runSteps(steps: readonly Step[]): Promise<boolean> {
 }
 
 function command(title: string, program: string, args: readonly string[]): Step {
-  return { title, run: async () => await succeeds(program, args, 3 * minuteMs) };
+  return { title, run: async () => await succeeds(program, args, 5 * minuteMs) };
 }
 
 function vitest(title: string, args: readonly string[], timeoutMs: number): Step {

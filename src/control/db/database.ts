@@ -20,7 +20,9 @@ export function openDatabase(address: DatabaseAddress): Database {
     statement_timeout: 30_000,
     idle_in_transaction_session_timeout: 30_000,
   });
-  pool.on("error", () => undefined); // an idle connection broke; the next query dials anew and reports what it meets
+  // A connection that breaks, idle or not, says so by an event as well: the query it fails, or the next one, reports it.
+  pool.on("error", () => undefined);
+  pool.on("connect", (client) => client.on("error", () => undefined));
   return new Kysely<Schema>({ dialect: new PostgresDialect({ pool }) });
 }
 

@@ -11,7 +11,8 @@ const lastLogLines = 20;
 
 /**
  * Waits until every cell of each plan's revision runs. A cell that fails for good, or goes round in restarts, ends the
- * wait with its last log lines and CELL_FAILED; a wait beyond its bound with GUEST_NOT_READY.
+ * wait with its last log lines and CELL_FAILED; a wait beyond its bound with GUEST_NOT_READY where a guest booted, else
+ * with TIMEOUT.
  */
 export async function awaitCells(cli: Cli, api: Connection, plans: readonly Plan[], timeoutMs: number): Promise<Service[]> {
   const deadline = performance.now() + timeoutMs;
@@ -79,7 +80,8 @@ async function lateness(cli: Cli, api: Connection, cells: readonly Cell[], timeo
   const waiting = cells.filter(({ state }) => state !== "running");
   const logLines = waiting[0] === undefined ? [] : await printLastLines(cli, api, waiting[0]);
   const states = waiting.map((cell) => `${cell.service} ${shortId(cell.id)} is ${cell.state}`).join(", ") || "no cell was placed";
-  return new ForgeError("GUEST_NOT_READY", `not all cells ran within ${timeoutMs / 1000} s: ${states}`, { details: { cells, logLines } });
+  const hasBooted = waiting.some(({ state }) => state === "starting" || state === "backoff");
+  return new ForgeError(hasBooted ? "GUEST_NOT_READY" : "TIMEOUT", `not all cells ran within ${timeoutMs / 1000} s: ${states}`, { details: { cells, logLines } });
 }
 
 /** What the cell said last; a cell that said nothing, or cannot be asked any more, must not hide the failure itself. */

@@ -3,7 +3,7 @@ import { type Manifest, type ManifestService, memoryBytes, type ServiceSpec } fr
 import type { ApplyService, Image, Plan, Service } from "../api/resources.ts";
 import { readIfExists } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";
-import { parseImageReference } from "../isocell/image/index.ts";
+import { parseImageReference, verifySignatures } from "../isocell/image/index.ts";
 import { Connection, ForgeHome } from "./context.ts";
 import { awaitCells } from "./await-cells.ts";
 import type { Cli } from "./index.ts";
@@ -81,7 +81,7 @@ export async function bringImage({ cli, home, api, folder }: Work, text: string,
   const { terminal } = cli;
   const reference = parseImageReference(text, folder);
   if (reference.kind === "registry") {
-    if (isDryRun && reference.digest !== undefined) return { digest: reference.digest, reference: text };
+    if (isDryRun) return { digest: reference.digest ?? (await knownDigest(api, text)), reference: text };
     terminal.progress([`${text}: pulling …`]);
     const image = await api.call("pullImage", { body: { reference: text } }, pullTimeoutMs);
     describeImage(cli, text, image);
@@ -89,11 +89,22 @@ export async function bringImage({ cli, home, api, folder }: Work, text: string,
   }
   terminal.progress([`${text}: reading …`]);
   return withLocalImage(home, reference, async (local) => {
-    if (isDryRun) return { digest: local.digest, reference: text };
+    if (isDryRun) {
+      verifySignatures(local.digest, local.signatures, (await api.call("listTrustedKeys", {})).items);
+      return { digest: local.digest, reference: text };
+    }
     const image = await uploadImage(api, local, (sent, total) => terminal.progress([`${text}: sending ${formatBytes(sent)} of ${formatBytes(total)}`]));
     describeImage(cli, text, image);
     return image;
   });
+}
+
+/** A dry run pulls nothing: only what the region has of this name can be planned with. */
+async function knownDigest(api: Connection, text: string): Promise<string> {
+  const { items } = await api.call("listImages", {});
+  const known = items.filter(({ reference }) => reference === text).toSorted((one, other) => other.createdAt.localeCompare(one.createdAt))[0];
+  if (known !== undefined) return known.digest;
+  throw new ForgeError("IMAGE_NOT_FOUND", `the region has no image ${text} yet, and a dry run pulls none: \`forge image push ${text}\` brings it in, or name it by its digest`);
 }
 
 function describeImage({ terminal }: Cli, text: string, image: Image): void {

@@ -18,6 +18,8 @@ export interface ExecOptions {
   readonly interrupted: AbortSignal;
 }
 
+type Frame = NonNullable<ReturnType<typeof decodeFrame>>;
+
 const highWaterBytes = 256 * 1024;
 const interruptNumber = 2;
 const exitSchema = z.object({ status: z.int() });
@@ -28,7 +30,7 @@ export async function attach(socket: WebSocket, streams: ExecStreams, options: E
   const status = receive(socket, streams);
   const isRaw = options.tty && streams.stdin.isTTY === true;
   if (isRaw) streams.stdin.setRawMode?.(true);
-  const sendSize = (): void => socket.send(encodeFrame("resize", { columns: streams.stdout.columns ?? 80, rows: streams.stdout.rows ?? 24 }));
+  const sendSize = (): void => socket.send(encodeFrame("resize", sizeOf(streams.stdout)));
   const sendInterrupt = (): void => socket.send(encodeFrame("signal", { number: interruptNumber }));
   if (options.tty) streams.stdout.on("resize", sendSize);
   options.interrupted.addEventListener("abort", sendInterrupt);
@@ -46,6 +48,11 @@ export async function attach(socket: WebSocket, streams: ExecStreams, options: E
   }
 }
 
+/** A terminal that does not know its size says 0. */
+export function sizeOf({ columns, rows }: { columns?: number; rows?: number }): { columns: number; rows: number } {
+  return { columns: columns === undefined || columns < 1 ? 80 : columns, rows: rows === undefined || rows < 1 ? 24 : rows };
+}
+
 function receive(socket: WebSocket, { stdout, stderr }: ExecStreams): Promise<number> {
   return new Promise((resolve, reject) => {
     const write = (stream: NodeJS.WritableStream, bytes: Uint8Array): void => {
@@ -53,12 +60,18 @@ function receive(socket: WebSocket, { stdout, stderr }: ExecStreams): Promise<nu
       socket.pause();
       stream.once("drain", () => socket.resume());
     };
+    const end = (frame: Frame): void => {
+      const exit = exitSchema.safeParse(parseJson(frame.payload));
+      const error = errorBodySchema.safeParse(parseJson(frame.payload));
+      if (frame.type === "exit" && exit.success) resolve(exit.data.status);
+      else if (frame.type === "error" && error.success) reject(ForgeError.fromBody(error.data));
+      else reject(new ForgeError("UNAVAILABLE", "the session ended with something this version of forge does not know"));
+    };
     socket.on("message", (data: RawData) => {
       const frame = decodeFrame(data as Buffer); // ws gives a Buffer: binaryType is nodebuffer
       if (frame?.type === "stdout") write(stdout, frame.payload);
       else if (frame?.type === "stderr") write(stderr, frame.payload);
-      else if (frame?.type === "exit") resolve(exitSchema.parse(parseJson(frame.payload)).status);
-      else if (frame?.type === "error") reject(ForgeError.fromBody(errorBodySchema.parse(parseJson(frame.payload))));
+      else if (frame?.type === "exit" || frame?.type === "error") end(frame);
     });
     socket.once("error", (error) => reject(new ForgeError("UNAVAILABLE", `the session broke: ${error.message}`, { cause: error })));
     socket.once("close", (code) => reject(new ForgeError("UNAVAILABLE", `the session ended before the program did (${code})`)));

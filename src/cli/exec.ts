@@ -3,7 +3,7 @@ import type { WebSocket } from "ws";
 import { errorBodySchema } from "../api/resources.ts";
 import { ForgeError } from "../base/errors.ts";
 import { Connection, ForgeHome } from "./context.ts";
-import { attach, type ExecStreams } from "./exec-session.ts";
+import { attach, type ExecStreams, sizeOf } from "./exec-session.ts";
 import type { Cli } from "./index.ts";
 import { describe } from "./transport.ts";
 
@@ -25,7 +25,7 @@ export async function exec(cli: Cli, args: readonly string[], flags: ExecFlags):
   const api = new Connection(await new ForgeHome(cli.env).effective(), cli.signal);
   try {
     const cell = flags.cell === undefined ? {} : { cell: await wholeCellId(api, service, flags.cell) };
-    const size = tty ? { columns: process.stdout.columns ?? 80, rows: process.stdout.rows ?? 24 } : {};
+    const size = tty ? sizeOf(process.stdout) : {};
     const query = { argv: JSON.stringify(argv), tty: String(tty), ...size, ...cell };
     const socket = api.webSocket("exec", { params: { name: service }, query });
     await opened(socket, api.endpoint.apiUrl);

@@ -52,7 +52,7 @@ export async function inspect(cli: Cli, text: string): Promise<void> {
   await withLocalImage(new ForgeHome(cli.env), localReference(text), async ({ digest, signatures, store }) => {
     const { config, layers, sizeBytes, manifestDigest } = await store.readManifest(digest);
     terminal.document({ digest, manifestDigest, sizeBytes, layers: layers.map(({ descriptor }) => descriptor), config, signatures });
-    const line = (name: string, value: string): void => terminal.print(`${name.padEnd(12)}${printable(value)}`);
+    const line = (name: string, value: string): void => terminal.print(`${name.padEnd(14)}${printable(value)}`);
     line("digest", digest);
     line("size", `${formatBytes(sizeBytes)} in ${layers.length} ${layers.length === 1 ? "layer" : "layers"}`);
     line("signatures", String(signatures.length));

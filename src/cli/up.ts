@@ -32,8 +32,9 @@ export async function up(cli: Cli, flags: UpFlags): Promise<void> {
   const { json: _json, ...changes } = { ...place, nodeName } as typeof place & { nodeName?: string; json?: boolean };
   const before = await readInstallation(dataDir);
   const installation = await writeInstallation(dataDir, changes);
-  requireNothingMissing(await examine({ buildDir, dataDir }));
-  if (before !== undefined && JSON.stringify(before) !== JSON.stringify(installation) && (await findDaemon(dataDir, "control")) !== undefined) {
+  const runs = await Promise.all([findDaemon(dataDir, "control"), findDaemon(dataDir, "agent")]);
+  if (runs.includes(undefined)) requireNothingMissing(await examine({ buildDir, dataDir }));
+  if (before !== undefined && JSON.stringify(before) !== JSON.stringify(installation) && runs[0] !== undefined) {
     cli.terminal.note("note: changed options take effect after `forge down` and `forge up`");
   }
   const { context, node, started } = await bringUp(cli, home, dataDir, installation);

@@ -55,6 +55,7 @@ export interface ProbeResult {
 
 const protocolVersion = 1;
 const maxProbes = 16;
+const maxStream = 0xffff;
 /** A guest that still waits for the rest of a dead host's frame hears nothing until it is flushed out. */
 const helloAgainAfterMs = [1_000, 5_000, 20_000];
 
@@ -71,7 +72,9 @@ export class GuestChannel {
   readonly #closed = Promise.withResolvers<void>();
   readonly #sessions = new Map<number, ExecSession>();
   readonly #probes = new Map<number, PromiseWithResolvers<ProbeResult>>();
-  #nextStream = 1;
+  /** Numbers are used anew after 65,535: a cell is probed for months over one connection. */
+  #lastStream = 0;
+  #highestStream = 0;
   /** Host time (ms) of the guest's boot clock at zero. */
   #bootClockZeroMs = 0;
   #bootedUs = 0;
@@ -259,7 +262,7 @@ export class GuestChannel {
     const session = this.#sessions.get(frame.stream);
     if (session !== undefined) return session.receive(frame);
     // What was under way when we closed the session may still arrive; a stream never opened may not.
-    if (frame.stream === 0 || frame.stream >= this.#nextStream) throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${frame.type} for no session`);
+    if (frame.stream === 0 || frame.stream > this.#highestStream) throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${frame.type} for no session`);
   }
 
   /** Host time of a moment on the guest's boot clock. */
@@ -271,8 +274,11 @@ export class GuestChannel {
 
   #takeStream(): number {
     if (this.#isOver) throw new ForgeError("CELL_FAILED", "the connection to the cell is closed");
-    if (this.#nextStream > 0xffff) throw new ForgeError("UNAVAILABLE", "this connection has used up its streams: connect again");
-    return this.#nextStream++;
+    do {
+      this.#lastStream = (this.#lastStream % maxStream) + 1;
+    } while (this.#sessions.has(this.#lastStream) || this.#probes.has(this.#lastStream));
+    this.#highestStream = Math.max(this.#highestStream, this.#lastStream);
+    return this.#lastStream;
   }
 
   #send(type: GuestFrameType, stream: number, payload?: Uint8Array): void {

@@ -121,7 +121,7 @@ export function netlinkRequest(messages: readonly Buffer[]): void {
     const batch = Buffer.concat(messages);
     check("send", libc().send(fd, batch, batch.length, 0));
     const answer = Buffer.alloc(16_384);
-    for (let acknowledged = 0; acknowledged < messages.length; ) {
+    for (let acknowledged = 0; acknowledged < messages.length;) {
       const length = check("recv", libc().recv(fd, answer, answer.length, MSG_DONTWAIT));
       for (let offset = 0; offset + 20 <= length; offset += (answer.readUInt32LE(offset) + 3) & ~3) {
         const result = answer.readInt32LE(offset + 16); // struct nlmsgerr behind its nlmsghdr

@@ -83,12 +83,22 @@ describe("text of an IPv6 address", () => {
     expect(formatAddress(parseAddress(text))).toBe(canonical);
   });
 
-  test.each(["", ":", ":::", "1::2::3", "1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "1:2:3:4:5:6:7::8", "12345::", "::g", "fe80::1%eth0", "::ffff:192.0.2.1", "1:"])(
-    "%j is refused",
-    (text) => {
-      expect(() => parseAddress(text)).toThrow(expect.objectContaining({ code: "INVALID_INPUT" }));
-    },
-  );
+  test.each([
+    "",
+    ":",
+    ":::",
+    "1::2::3",
+    "1:2:3:4:5:6:7",
+    "1:2:3:4:5:6:7:8:9",
+    "1:2:3:4:5:6:7::8",
+    "12345::",
+    "::g",
+    "fe80::1%eth0",
+    "::ffff:192.0.2.1",
+    "1:",
+  ])("%j is refused", (text) => {
+    expect(() => parseAddress(text)).toThrow(expect.objectContaining({ code: "INVALID_INPUT" }));
+  });
 
   test("comes back from 16 bytes whatever they are, and is what Node takes for an address", () => {
     fc.assert(
@@ -107,11 +117,17 @@ describe("text of an IPv6 address", () => {
   test("is only accepted where Node accepts it too", () => {
     const pieces = fc.array(fc.constantFrom(":", "::", "0", "1", "abcd", "FFFF", "12345", "g", ".", "%", " "), { maxLength: 18 });
     fc.assert(
-      fc.property(fc.oneof(fc.string({ maxLength: 60 }), pieces.map((parts) => parts.join(""))), (text) => {
-        const accepted = isAccepted(text);
-        if (accepted) expect(isIPv6(text)).toBe(true);
-        else expect(isIPv6(text) && !/[.%]/.test(text)).toBe(false);
-      }),
+      fc.property(
+        fc.oneof(
+          fc.string({ maxLength: 60 }),
+          pieces.map((parts) => parts.join("")),
+        ),
+        (text) => {
+          const accepted = isAccepted(text);
+          if (accepted) expect(isIPv6(text)).toBe(true);
+          else expect(isIPv6(text) && !/[.%]/.test(text)).toBe(false);
+        },
+      ),
       { numRuns: 5000 },
     );
   });

@@ -89,12 +89,15 @@ function compose(prefix: string, tenantNetwork: number, identifier: Buffer): str
 function parsePrefix(prefix: string): Buffer {
   const bytes = prefix.endsWith("/48") ? tryParse(prefix.slice(0, -3)) : undefined;
   if (bytes === undefined || bytes[0] !== 0xfd || bytes.subarray(6).some((byte) => byte !== 0)) {
-    throw new ForgeError("INVALID_INPUT", `an installation prefix looks like fdxx:xxxx:xxxx::/48, not ${JSON.stringify(prefix.slice(0, 64))}`);
+    throw new ForgeError(
+      "INVALID_INPUT",
+      `an installation prefix looks like fdxx:xxxx:xxxx::/48, not ${JSON.stringify(prefix.slice(0, 64))}`,
+    );
   }
   return bytes;
 }
 
-/** RFC 5453: subnet-router anycast (all zero) and the reserved anycast range fdff:ffff:ffff:ff80 to ffff; also our gateway's own. */
+/** RFC 5453: subnet-router anycast (all zero) and the anycast range fdff:ffff:ffff:ff80 to ffff; also our gateway's own. */
 function isReservedIdentifier(identifier: string): boolean {
   return identifier === "0000000000000000" || identifier === "0000000000000001" || /^fdffffffffffff[89a-f]/.test(identifier);
 }

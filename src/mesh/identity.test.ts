@@ -1,3 +1,4 @@
+// oxlint-disable-next-line import/no-unassigned-import -- the X.509 library needs it in place before it loads
 import "reflect-metadata";
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { once } from "node:events";
@@ -33,8 +34,12 @@ describe("the authority", () => {
 
   test("is refused with another's key, or when it is none", async () => {
     await expect(loadAuthority({ ...authority, privateKeyPem: stranger.privateKeyPem })).rejects.toMatchObject({ code: "INVALID_INPUT" });
-    await expect(loadAuthority(await issueServerCertificate(authority, { names: ["localhost"] }))).rejects.toMatchObject({ code: "INVALID_INPUT" });
-    await expect(loadAuthority({ ...authority, certificatePem: "-----BEGIN CERTIFICATE-----" })).rejects.toMatchObject({ code: "INVALID_INPUT" });
+    await expect(loadAuthority(await issueServerCertificate(authority, { names: ["localhost"] }))).rejects.toMatchObject({
+      code: "INVALID_INPUT",
+    });
+    await expect(loadAuthority({ ...authority, certificatePem: "-----BEGIN CERTIFICATE-----" })).rejects.toMatchObject({
+      code: "INVALID_INPUT",
+    });
     await expect(createAuthority({ trustDomain: "a/b" })).rejects.toMatchObject({ code: "INVALID_INPUT" });
   });
 
@@ -61,7 +66,9 @@ describe("a server's certificate", () => {
     for (const names of [[], ["a b"], ["*.test"], [""], ["x".repeat(300)]]) {
       await expect(issueServerCertificate(authority, { names })).rejects.toMatchObject({ code: "INVALID_INPUT" });
     }
-    await expect(issueServerCertificate(authority, { names: ["localhost"], validDays: 400 })).rejects.toMatchObject({ code: "INVALID_INPUT" });
+    await expect(issueServerCertificate(authority, { names: ["localhost"], validDays: 400 })).rejects.toMatchObject({
+      code: "INVALID_INPUT",
+    });
   });
 });
 
@@ -164,10 +171,9 @@ describe("a certificate request", () => {
       copy[at]! ^= mask;
       return `-----BEGIN CERTIFICATE REQUEST-----\n${copy.toString("base64")}\n-----END CERTIFICATE REQUEST-----`;
     });
-    await fc.assert(
-      fc.asyncProperty(fc.oneof(fc.string(), fc.string({ minLength: 8193, maxLength: 9000 }), mutated), expectRefused),
-      { numRuns: 200 },
-    );
+    await fc.assert(fc.asyncProperty(fc.oneof(fc.string(), fc.string({ minLength: 8193, maxLength: 9000 }), mutated), expectRefused), {
+      numRuns: 200,
+    });
   });
 });
 

@@ -1,3 +1,4 @@
+// oxlint-disable-next-line import/no-unassigned-import -- the X.509 library needs it in place before it loads
 import "reflect-metadata";
 import { createPrivateKey, createPublicKey, randomBytes, type webcrypto } from "node:crypto";
 import { isIP } from "node:net";
@@ -36,7 +37,9 @@ const keyAlgorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" } as 
  * certificates only, no further authorities, and no URI outside its domain (RFC 5280 section 4.2.1.10).
  */
 export async function createAuthority({ trustDomain }: { trustDomain: string }): Promise<Authority> {
-  if (!/^[a-z0-9][a-z0-9._-]{0,99}$/.test(trustDomain)) throw new ForgeError("INVALID_INPUT", `not a trust domain: ${JSON.stringify(trustDomain)}`);
+  if (!/^[a-z0-9][a-z0-9._-]{0,99}$/.test(trustDomain)) {
+    throw new ForgeError("INVALID_INPUT", `not a trust domain: ${JSON.stringify(trustDomain)}`);
+  }
   const keys = await generateKeys();
   const certificate = await x509.X509CertificateGenerator.createSelfSigned({
     ...validity(authorityDays),
@@ -61,7 +64,8 @@ export async function loadAuthority(pem: { certificatePem: string; privateKeyPem
     const certificate = parseCertificate(pem.certificatePem);
     const [uri] = uriNames(certificate);
     const trustDomain = /^spiffe:\/\/([a-z0-9._-]+)$/.exec(uri ?? "")?.[1];
-    if (trustDomain === undefined || !isAuthority(certificate)) throw new ForgeError("INVALID_INPUT", "the certificate is not that of a Forge authority");
+    if (trustDomain === undefined || !isAuthority(certificate))
+      throw new ForgeError("INVALID_INPUT", "the certificate is not that of a Forge authority");
     if (!isValidAt(certificate, new Date())) throw new ForgeError("INVALID_INPUT", "the authority's certificate is out of date");
     const expected = Buffer.from(certificate.publicKey.rawData);
     const actual = createPublicKey(createPrivateKey(pem.privateKeyPem)).export({ type: "spki", format: "der" });
@@ -111,7 +115,7 @@ export async function issueNodeCertificate(
   return { certificatePem: pemOf(certificate), notAfter: certificate.notAfter };
 }
 
-/** The identifier of the node whose certificate (PEM or DER) this authority issued and which is valid now. UNAUTHENTICATED otherwise. */
+/** The identifier of the node whose certificate (PEM or DER) this authority issued and is valid now; UNAUTHENTICATED otherwise. */
 export async function verifyNodeCertificate(
   authority: Pick<Authority, "certificatePem" | "trustDomain">,
   certificate: string | Uint8Array,
@@ -125,7 +129,8 @@ export async function verifyNodeCertificate(
     const [uri, ...others] = uriNames(node);
     const prefix = nodeUri(authority.trustDomain, "");
     const nodeId = uri?.startsWith(prefix) === true ? uri.slice(prefix.length) : "";
-    if (others.length > 0 || !isNodeId(nodeId)) throw new ForgeError("UNAUTHENTICATED", "the node's certificate names no node of this region");
+    if (others.length > 0 || !isNodeId(nodeId))
+      throw new ForgeError("UNAUTHENTICATED", "the node's certificate names no node of this region");
     return nodeId;
   });
 }
@@ -145,7 +150,8 @@ async function provenKey(csrPem: string): Promise<x509.PublicKey> {
   return await orRefuse("INVALID_INPUT", "the certificate request cannot be read", async () => {
     const request = new x509.Pkcs10CertificateRequest(csrPem);
     const { name, namedCurve } = request.publicKey.algorithm as { name: string; namedCurve?: string };
-    if (name !== "ECDSA" || namedCurve !== "P-256") throw new ForgeError("INVALID_INPUT", "the certificate request's key is not ECDSA P-256");
+    if (name !== "ECDSA" || namedCurve !== "P-256")
+      throw new ForgeError("INVALID_INPUT", "the certificate request's key is not ECDSA P-256");
     const isModest = request.subject === "" && request.attributes.length === 0;
     if (!isModest) throw new ForgeError("INVALID_INPUT", "a certificate request must not ask for names or extensions");
     if (!(await request.verify())) throw new ForgeError("INVALID_INPUT", "the certificate request's signature is not that of its key");
@@ -231,7 +237,8 @@ function validity(days: number): { notBefore: Date; notAfter: Date } {
 }
 
 function withinDays(days: number, most: number): number {
-  if (!(days > 0 && days <= most)) throw new ForgeError("INVALID_INPUT", `a certificate of this kind is valid for at most ${most} days, not ${days}`);
+  if (!(days > 0 && days <= most))
+    throw new ForgeError("INVALID_INPUT", `a certificate of this kind is valid for at most ${most} days, not ${days}`);
   return days;
 }
 
@@ -248,7 +255,7 @@ async function generateKeys(): Promise<webcrypto.CryptoKeyPair> {
 
 async function exportPrivateKey(keys: webcrypto.CryptoKeyPair): Promise<string> {
   const der = await crypto.subtle.exportKey("pkcs8", keys.privateKey);
-  return createPrivateKey({ key: Buffer.from(der), format: "der", type: "pkcs8" }).export({ type: "pkcs8", format: "pem" }).toString();
+  return createPrivateKey({ key: Buffer.from(der), format: "der", type: "pkcs8" }).export({ type: "pkcs8", format: "pem" });
 }
 
 async function importPrivateKey(pem: string): Promise<webcrypto.CryptoKey> {

@@ -51,7 +51,11 @@ describe("from the cell", () => {
     ["a redirect", "redirect", icmp(137)],
     ["an echo request", "icmp", icmp(128)],
     ["a packet too big", "icmp", icmp(2)],
-    ["an MLDv2 report behind its hop-by-hop header", "extensionHeader", { nextHeader: 0, body: Buffer.from([58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0]) }],
+    [
+      "an MLDv2 report behind its hop-by-hop header",
+      "extensionHeader",
+      { nextHeader: 0, body: Buffer.from([58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0]) },
+    ],
     ["a routing header", "extensionHeader", { nextHeader: 43, body: Buffer.alloc(24) }],
     ["destination options", "extensionHeader", { nextHeader: 60, body: Buffer.alloc(24) }],
     ["a fragment", "fragment", { nextHeader: 44, body: Buffer.alloc(28) }],
@@ -186,10 +190,16 @@ describe("any sequence of frames", () => {
   const crafted = fc.tuple(side, tcp, wrong).map(([sender, { cellPort, remotePort, ...segment }, mistakes]) => {
     const [sourcePort, destinationPort] = sender === "cell" ? [cellPort, remotePort] : [remotePort, cellPort];
     const present = Object.fromEntries(Object.entries(mistakes).filter(([, value]) => value !== undefined));
-    return { sender, segment: { ...segment, sourcePort, destinationPort }, mistakes: present as Partial<FrameOptions> };
+    return { sender, segment: { ...segment, sourcePort, destinationPort }, mistakes: present };
   });
-  const noise = fc.tuple(side, fc.uint8Array({ minLength: 14, maxLength: 120 })).map(([sender, bytes]) => ({ sender, bytes: Buffer.from(bytes) }));
-  const step = fc.oneof({ weight: 12, arbitrary: crafted }, { weight: 1, arbitrary: noise }, { weight: 1, arbitrary: fc.subarray([22, 80, 443]).map((ports) => ({ ports })) });
+  const noise = fc
+    .tuple(side, fc.uint8Array({ minLength: 14, maxLength: 120 }))
+    .map(([sender, bytes]) => ({ sender, bytes: Buffer.from(bytes) }));
+  const step = fc.oneof(
+    { weight: 12, arbitrary: crafted },
+    { weight: 1, arbitrary: noise },
+    { weight: 1, arbitrary: fc.subarray([22, 80, 443]).map((ports) => ({ ports })) },
+  );
 
   test("is judged as the model judges it, and leaves the same connections", { timeout: 60_000 }, () => {
     fc.assert(

@@ -43,8 +43,13 @@ describe("a published port", () => {
 
   test("is served by a process without privileges, in the cell's namespace, that nobody waits for", async () => {
     const { pid } = await publish(optionsOf());
-    const status = Object.fromEntries(readFileSync(`/proc/${pid}/status`, "utf8").split("\n").map((line) => line.split(/:\s+/)));
-    expect(Number(status.Uid.split("\t")[0])).toBeGreaterThanOrEqual(0x70000000);
+    await echo(port, Buffer.from("x"));
+    const status = Object.fromEntries(
+      readFileSync(`/proc/${pid}/status`, "utf8")
+        .split("\n")
+        .map((line) => line.split(/:\s+/)),
+    );
+    expect(Number(status.Uid.split("\t")[0])).toBeGreaterThanOrEqual(0x71000000);
     expect(status).toMatchObject({ NoNewPrivs: "1", CapEff: "0".repeat(16), CapPrm: "0".repeat(16), CapBnd: "0".repeat(16) });
     expect(readlinkSync(`/proc/${pid}/ns/net`)).toBe(`net:[${statSync(cell.attachment.netnsPath).ino}]`);
     expect(sessionOf(pid)).toBe(pid);
@@ -110,6 +115,8 @@ describe("a port that is taken", () => {
     await replicaGuest.serve(80, (socket) => socket.end("replica"));
     // Replicas of one node share its state folder.
     const { cellId, netnsPath, address } = replica.attachment;
+    await using cleanUp = new AsyncDisposableStack();
+    cleanUp.defer(() => unpublish(cellId, cell.stateDir));
     await publish(optionsOf());
     await publish({ ...optionsOf(), cellId, netnsPath, cellAddress: address });
     const answers = new Set<string>();
@@ -117,7 +124,6 @@ describe("a port that is taken", () => {
     expect([...answers].toSorted()).toEqual(["first", "replica"]);
     await unpublish(cell.attachment.cellId, cell.stateDir, port);
     expect(String(await echo(port, Buffer.from("first")))).toBe("replica");
-    await unpublish(cellId, cell.stateDir);
   });
 });
 
@@ -127,7 +133,9 @@ describe("after a kill of the agent", () => {
       import { publish } from ${JSON.stringify(join(import.meta.dirname, "publish.ts"))};
       await publish(JSON.parse(process.argv[1]));
       process.kill(process.pid, "SIGKILL");`;
-    const child = spawn(process.execPath, ["--input-type=module-typescript", "-e", program, JSON.stringify(optionsOf())], { stdio: "inherit" });
+    const child = spawn(process.execPath, ["--input-type=module-typescript", "-e", program, JSON.stringify(optionsOf())], {
+      stdio: "inherit",
+    });
     expect((await once(child, "exit"))[1]).toBe("SIGKILL");
     expect(String(await echo(port, Buffer.from("still here")))).toBe("still here");
     const found = listPublished(cell.stateDir).find(({ publishedPort }) => publishedPort === port);
@@ -142,7 +150,9 @@ describe("after a kill of the agent", () => {
     try {
       const folder = join(cell.stateDir, "published/cell_gone");
       mkdirSync(folder, { recursive: true });
-      writeFileSync(join(folder, "4000"), `${bystander.pid} 1\n`);
+      const boot = readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim();
+      writeFileSync(join(folder, "4000"), `${boot} ${bystander.pid} 1\n`);
+      writeFileSync(join(folder, "4001"), `another-boot ${bystander.pid} ${startTimeOf(bystander.pid!)}\n`);
       expect(listPublished(cell.stateDir).some(({ cellId }) => cellId === "cell_gone")).toBe(false);
       await unpublish("cell_gone", cell.stateDir);
       expect(bystander.exitCode).toBeNull();
@@ -194,6 +204,15 @@ async function freePort(): Promise<number> {
 }
 
 function sessionOf(pid: number): number {
+  return Number(statOf(pid)[3]);
+}
+
+function startTimeOf(pid: number): string {
+  return statOf(pid)[19]!;
+}
+
+/** The fields of proc(5)'s stat from the third. */
+function statOf(pid: number): string[] {
   const stat = readFileSync(`/proc/${pid}/stat`, "latin1");
-  return Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[3]);
+  return stat.slice(stat.lastIndexOf(")") + 2).split(" ");
 }

@@ -92,8 +92,8 @@ function openListener({ listenAddress, publishedPort, stateDir }: PublishOptions
 }
 
 /**
- * Runs in the cell's network namespace, still privileged: joins the cgroups, records itself (process number and start
- * time, which together never repeat) and says so, then becomes the proxy. LISTEN_FDS is sd_listen_fds(3).
+ * Runs in the cell's network namespace, still privileged: joins the cgroups, records itself (boot, process number and
+ * start time, which together never repeat), and gives up its privileges. LISTEN_FDS is sd_listen_fds(3).
  */
 const launcher = `
 set -eu
@@ -103,27 +103,39 @@ while [ "$1" != -- ]; do echo $$ > "$1"; shift; done
 shift
 ulimit -n "$files"
 read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ start _ < /proc/$$/stat
-echo "$$ $start" > "$record"
-echo ready
+read -r boot < /proc/sys/kernel/random/boot_id
+echo "$boot $$ $start" > "$record"
 export LISTEN_PID=$$ LISTEN_FDS=1
+exec "$@"
+`;
+
+/** Runs without privileges: all that could fail has succeeded, so it says so and becomes the proxy. */
+const becomeProxy = `
+echo ready
 exec "$@" > /dev/null 2>&1
 `;
 
 async function startProxy(options: PublishOptions, record: string, listener: number): Promise<number> {
   const user = String(unprivilegedUser(options.cellId));
-  const unprivileged = [`--reuid=${user}`, `--regid=${user}`, "--clear-groups", "--no-new-privs"];
+  const unprivileged = ["setpriv", `--reuid=${user}`, `--regid=${user}`, "--clear-groups", "--no-new-privs"];
   const incapable = ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"];
   // The target is a literal address, so nothing is ever looked up; systemd-socket-proxyd splits at the last colon.
-  const proxy = [proxyProgram, `--connections-max=${maxConnections}`, `${options.cellAddress}:${options.cellPort}`];
-  const child = spawn(
-    "nsenter",
-    [
-      `--net=${options.netnsPath}`,
-      ...["sh", "-c", launcher, "publish", record, String(maxOpenFiles), ...options.cgroupProcsFiles, "--"],
-      ...["setpriv", ...unprivileged, ...incapable, ...proxy],
-    ],
-    { detached: true, cwd: "/", env: { ...childEnvironment }, stdio: ["ignore", "pipe", "pipe", listener] },
-  ) as ChildProcessByStdio<null, Readable, Readable>;
+  const proxy = [
+    "sh",
+    "-c",
+    becomeProxy,
+    "publish",
+    proxyProgram,
+    `--connections-max=${maxConnections}`,
+    `${options.cellAddress}:${options.cellPort}`,
+  ];
+  const launch = [`--net=${options.netnsPath}`, "sh", "-c", launcher, "publish", record, String(maxOpenFiles), ...options.cgroupProcsFiles];
+  const child = spawn("nsenter", [...launch, "--", ...unprivileged, ...incapable, ...proxy], {
+    detached: true,
+    cwd: "/",
+    env: { ...childEnvironment },
+    stdio: ["ignore", "pipe", "pipe", listener],
+  }) as ChildProcessByStdio<null, Readable, Readable>;
   try {
     await untilReady(child);
   } catch (error) {
@@ -159,8 +171,8 @@ function untilReady(child: ChildProcessByStdio<null, Readable, Readable>): Promi
 }
 
 /**
- * A user of the cell's own, so that proxies of two cells are strangers: the 2^24 numbers from 0x71000000 (VMMs have those from 0x70000000), which systemd's
- * list of user numbers (UIDS-GIDS) leaves unused.
+ * A user of the cell's own, so that proxies of two cells are strangers: one of the 2^24 numbers from 0x71000000, in the
+ * range that systemd's list of user numbers (UIDS-GIDS) leaves unused; the 2^24 from 0x70000000 are the VMMs'.
  */
 function unprivilegedUser(cellId: string): number {
   return 0x71000000 + createHash("sha256").update(`publish:${cellId}`).digest().readUIntBE(0, 3);
@@ -185,8 +197,8 @@ async function endProcess(record: string): Promise<void> {
 
 /** The process a record speaks of, where that very process still runs. */
 function livingProcess(record: string): { pid: number } | undefined {
-  const [, pid, start] = /^(\d+) (\d+)\n$/.exec(readIfPresent(record)) ?? [];
-  if (pid === undefined) return undefined;
+  const [, boot, pid, start] = /^(\S+) (\d+) (\d+)\n$/.exec(readIfPresent(record)) ?? [];
+  if (boot === undefined || boot !== readIfPresent("/proc/sys/kernel/random/boot_id").trim()) return undefined;
   // proc(5): the name, which may hold anything, ends with the last parenthesis; then state (3rd field) … start time (22nd).
   const stat = readIfPresent(`/proc/${pid}/stat`);
   const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
@@ -203,7 +215,9 @@ function readIfPresent(path: string): string {
 }
 
 function portsIn(folder: string): number[] {
-  return namesIn(folder).filter((name) => /^\d{1,5}$/.test(name)).map(Number);
+  return namesIn(folder)
+    .filter((name) => /^\d{1,5}$/.test(name))
+    .map(Number);
 }
 
 function recordPath(cellId: string, publishedPort: number, stateDir: string): string {

@@ -257,7 +257,8 @@ static __always_inline enum verdict open_connection(const struct connection_key 
 }
 
 /* A connection ends with an RST, with both FINs acknowledged, or by its age. The packet that ends it still passes. */
-static __always_inline enum verdict follow_connection(const struct connection_key *key, const struct packet *packet, enum direction direction)
+static __always_inline enum verdict follow_connection(const struct connection_key *key, const struct packet *packet,
+						      enum direction direction)
 {
 	const enum direction other = direction == FROM_CELL ? TO_CELL : FROM_CELL;
 	const struct tcphdr *tcp = &packet->tcp;

@@ -3,13 +3,25 @@ import { crc32 } from "node:zlib";
 import * as fc from "fast-check";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { run } from "../base/exec.ts";
-import { encodeFrame, flush, type Frame, FrameDecoder, frameTypes, type GuestFrameType, maxPayloadBytes, nonceBytes } from "./channel-codec.ts";
+import {
+  encodeFrame,
+  flush,
+  type Frame,
+  FrameDecoder,
+  frameTypes,
+  type GuestFrameType,
+  maxPayloadBytes,
+  nonceBytes,
+} from "./channel-codec.ts";
 import { buildHarness } from "./guest/harness.fixture.ts";
 
 const nonce = randomBytes(nonceBytes);
 const reply = encodeFrame("helloReply", 0, Buffer.concat([nonce, Buffer.alloc(52)]));
 const typeNames = Object.keys(frameTypes) as GuestFrameType[];
-const frames = fc.array(fc.record({ type: fc.constantFrom(...typeNames), stream: fc.nat(0xffff), payload: fc.uint8Array({ maxLength: 3000 }) }), { maxLength: 12 });
+const frames = fc.array(
+  fc.record({ type: fc.constantFrom(...typeNames), stream: fc.nat(0xffff), payload: fc.uint8Array({ maxLength: 3000 }) }),
+  { maxLength: 12 },
+);
 
 function encodeAll(list: readonly { type: GuestFrameType; stream: number; payload: Uint8Array }[]): Buffer {
   return Buffer.concat(list.map(({ type, stream, payload }) => encodeFrame(type, stream, payload)));
@@ -36,11 +48,22 @@ describe("the host's decoder", () => {
 
   test("finds its reply after any garbage: the tail of a frame for another host, or frames forged in it", () => {
     fc.assert(
-      fc.property(fc.uint8Array({ maxLength: 2000 }), frames, fc.nat(50), fc.integer({ min: 1, max: 500 }), (garbage, list, cut, chunkBytes) => {
-        const before = Buffer.concat([garbage, encodeAll(list).subarray(cut), encodeFrame("helloReply", 0, Buffer.alloc(68, 1)), garbage]);
-        const found = decode(Buffer.concat([before, reply, encodeFrame("log", 0, Buffer.from("x"))]), chunkBytes);
-        expect(found.map((frame) => frame.type)).toEqual(["helloReply", "log"]);
-      }),
+      fc.property(
+        fc.uint8Array({ maxLength: 2000 }),
+        frames,
+        fc.nat(50),
+        fc.integer({ min: 1, max: 500 }),
+        (garbage, list, cut, chunkBytes) => {
+          const before = Buffer.concat([
+            garbage,
+            encodeAll(list).subarray(cut),
+            encodeFrame("helloReply", 0, Buffer.alloc(68, 1)),
+            garbage,
+          ]);
+          const found = decode(Buffer.concat([before, reply, encodeFrame("log", 0, Buffer.from("x"))]), chunkBytes);
+          expect(found.map((frame) => frame.type)).toEqual(["helloReply", "log"]);
+        },
+      ),
       { numRuns: 60 },
     );
   });

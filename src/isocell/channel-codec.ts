@@ -17,10 +17,31 @@ export const nonceBytes = 16;
 
 export const frameTypes = {
   // host to guest
-  hello: 1, time: 2, exec: 3, stdin: 4, stdinEnd: 5, resize: 6, signal: 7, outputCredit: 8, execClose: 9, probe: 10, stop: 11, powerOff: 12,
+  hello: 1,
+  time: 2,
+  exec: 3,
+  stdin: 4,
+  stdinEnd: 5,
+  resize: 6,
+  signal: 7,
+  outputCredit: 8,
+  execClose: 9,
+  probe: 10,
+  stop: 11,
+  powerOff: 12,
   // guest to host
-  helloReply: 64, started: 65, log: 66, dropped: 67, fatal: 68, exited: 69, execStarted: 70, output: 71, execExited: 72, execError: 73,
-  stdinCredit: 74, probeResult: 75,
+  helloReply: 64,
+  started: 65,
+  log: 66,
+  dropped: 67,
+  fatal: 68,
+  exited: 69,
+  execStarted: 70,
+  output: 71,
+  execExited: 72,
+  execError: 73,
+  stdinCredit: 74,
+  probeResult: 75,
 } as const;
 export type GuestFrameType = keyof typeof frameTypes;
 
@@ -35,7 +56,8 @@ export interface Frame {
 export const flush: Buffer = Buffer.alloc(frameHeaderBytes + maxPayloadBytes);
 
 export function encodeFrame(type: GuestFrameType, stream = 0, payload: Uint8Array = new Uint8Array()): Buffer {
-  if (payload.length > maxPayloadBytes) throw new ForgeError("TOO_LARGE", `a frame carries at most ${maxPayloadBytes} bytes, not ${payload.length}`);
+  if (payload.length > maxPayloadBytes)
+    throw new ForgeError("TOO_LARGE", `a frame carries at most ${maxPayloadBytes} bytes, not ${payload.length}`);
   const frame = Buffer.alloc(frameHeaderBytes + payload.length);
   frame.writeUInt32LE(frameMagic, 0);
   frame.writeUInt8(frameTypes[type], 4);
@@ -104,7 +126,8 @@ export class FrameDecoder {
     const endsAt = frameHeaderBytes + this.#pending.readUInt32LE(8);
     if (this.#pending.length < endsAt) return undefined;
     const payload = this.#pending.subarray(frameHeaderBytes, endsAt);
-    if (crc32(payload) !== this.#pending.readUInt32LE(12)) throw new ForgeError("GUEST_PROTOCOL", "the guest sent a frame whose checksum is wrong");
+    if (crc32(payload) !== this.#pending.readUInt32LE(12))
+      throw new ForgeError("GUEST_PROTOCOL", "the guest sent a frame whose checksum is wrong");
     const type = typeNames.get(this.#pending[4] ?? 0);
     if (type === undefined) throw new ForgeError("GUEST_PROTOCOL", `the guest sent a frame of the unknown type ${this.#pending[4]}`);
     const stream = this.#pending.readUInt16LE(6);

@@ -116,7 +116,11 @@ export class GuestChannel {
   /** Runs a program in the cell as the cell's user. Ends with the connection. Rejects when it cannot be started. */
   async exec(options: ExecOptions): Promise<ExecSession> {
     const stream = this.#takeStream();
-    const session = new ExecSession(options, (type, payload) => this.#send(type, stream, payload), () => this.#sessions.delete(stream));
+    const session = new ExecSession(
+      options,
+      (type, payload) => this.#send(type, stream, payload),
+      () => this.#sessions.delete(stream),
+    );
     this.#sessions.set(stream, session);
     await session.started;
     return session;
@@ -203,9 +207,18 @@ export class GuestChannel {
         case "helloReply":
           return this.#onReply(payload);
         case "started":
-          return this.#handlers.started?.({ at: this.#at(readUs(payload, 0)), initUs: readUs(payload, 0) - this.#bootedUs, pid: payload.readUInt32LE(8) });
+          return this.#handlers.started?.({
+            at: this.#at(readUs(payload, 0)),
+            initUs: readUs(payload, 0) - this.#bootedUs,
+            pid: payload.readUInt32LE(8),
+          });
         case "log":
-          return this.#handlers.log?.({ sequence: readUs(payload, 0), time: new Date(readUs(payload, 8) / 1000), stream: payload.readUInt8(16) === 2 ? "stderr" : "stdout", bytes: payload.subarray(17) });
+          return this.#handlers.log?.({
+            sequence: readUs(payload, 0),
+            time: new Date(readUs(payload, 8) / 1000),
+            stream: payload.readUInt8(16) === 2 ? "stderr" : "stdout",
+            bytes: payload.subarray(17),
+          });
         case "dropped":
           return this.#handlers.dropped?.({ fromSequence: readUs(payload, 0), toSequence: readUs(payload, 8) });
         case "fatal":
@@ -225,7 +238,8 @@ export class GuestChannel {
 
   #onReply(payload: Buffer): void {
     if (this.#isReady) return; // the answer to a repeated hello
-    if (payload.readUInt32LE(nonceBytes) !== protocolVersion) throw new ForgeError("GUEST_PROTOCOL", "the guest speaks another version of the channel");
+    if (payload.readUInt32LE(nonceBytes) !== protocolVersion)
+      throw new ForgeError("GUEST_PROTOCOL", "the guest speaks another version of the channel");
     const bootId = payload.subarray(nonceBytes + 4, nonceBytes + 20).toString("hex");
     this.#bootedUs = readUs(payload, nonceBytes + 20);
     this.#bootClockZeroMs = Date.now() - readUs(payload, nonceBytes + 28) / 1000;
@@ -262,7 +276,8 @@ export class GuestChannel {
     const session = this.#sessions.get(frame.stream);
     if (session !== undefined) return session.receive(frame);
     // What was under way when we closed the session may still arrive; a stream never opened may not.
-    if (frame.stream === 0 || frame.stream > this.#highestStream) throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${frame.type} for no session`);
+    if (frame.stream === 0 || frame.stream > this.#highestStream)
+      throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${frame.type} for no session`);
   }
 
   /** Host time of a moment on the guest's boot clock. */
@@ -302,7 +317,9 @@ async function openSocket(path: string, signal: AbortSignal): Promise<Socket> {
 }
 
 function connectError(deadline: AbortSignal): ForgeError {
-  return deadline.aborted ? new ForgeError("GUEST_NOT_READY", "the guest did not answer in time") : new ForgeError("UNAVAILABLE", "connecting to the guest was given up");
+  return deadline.aborted
+    ? new ForgeError("GUEST_NOT_READY", "the guest did not answer in time")
+    : new ForgeError("UNAVAILABLE", "connecting to the guest was given up");
 }
 
 function channelError(thrown: unknown): ForgeError {

@@ -64,11 +64,22 @@ describe("the guest's reader", () => {
   test("reads what was encoded, whatever the words", async () => {
     const word = fc.string({ unit: "grapheme", maxLength: 40 }).filter((text) => !text.includes("\0"));
     await fc.assert(
-      fc.asyncProperty(fc.array(word, { minLength: 1, maxLength: 8 }), fc.dictionary(fc.stringMatching(/^[A-Za-z_]\w{0,9}$/), word), async (argv, env) => {
-        const words = (await readInC(encodeConfigDrive({ ...example, argv, env }))).split("\n").slice(7).join("\n").split("\0").slice(0, -1);
-        const variables = Object.entries(env).sort(([a], [b]) => (a < b ? -1 : 1)).map(([name, value]) => `${name}=${value}`);
-        expect(words).toEqual([...argv, ...variables]);
-      }),
+      fc.asyncProperty(
+        fc.array(word, { minLength: 1, maxLength: 8 }),
+        fc.dictionary(fc.stringMatching(/^[A-Za-z_]\w{0,9}$/), word),
+        async (argv, env) => {
+          const words = (await readInC(encodeConfigDrive({ ...example, argv, env })))
+            .split("\n")
+            .slice(7)
+            .join("\n")
+            .split("\0")
+            .slice(0, -1);
+          const variables = Object.entries(env)
+            .sort(([a], [b]) => (a < b ? -1 : 1))
+            .map(([name, value]) => `${name}=${value}`);
+          expect(words).toEqual([...argv, ...variables]);
+        },
+      ),
       { numRuns: 25 },
     );
   });

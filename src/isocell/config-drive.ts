@@ -44,13 +44,24 @@ const sectorBytes = 512;
 export const maxConfigBytes = 1024 * 1024;
 
 const tags = {
-  cellId: 1, hostname: 2, argument: 3, variable: 4, cwd: 5, user: 6, stopSignal: 7,
-  address: 8, gateway: 9, gatewayMac: 10, mtu: 11, overlaySizeMib: 12,
+  cellId: 1,
+  hostname: 2,
+  argument: 3,
+  variable: 4,
+  cwd: 5,
+  user: 6,
+  stopSignal: 7,
+  address: 8,
+  gateway: 9,
+  gatewayMac: 10,
+  mtu: 11,
+  overlaySizeMib: 12,
 } as const;
 
 /** The same configuration gives the same bytes: they are part of what a boot's measurement covers. */
 export function encodeConfigDrive(config: GuestConfig): Buffer {
-  if (config.argv.length === 0) throw new ForgeError("INVALID_INPUT", "the cell has no command: neither its image nor its manifest names one");
+  if (config.argv.length === 0)
+    throw new ForgeError("INVALID_INPUT", "the cell has no command: neither its image nor its manifest names one");
   const variables = Object.entries(config.env).sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0));
   for (const [name] of variables) {
     if (name === "" || name.includes("=")) throw new ForgeError("INVALID_INPUT", `"${name}" is no name for an environment variable`);
@@ -106,7 +117,8 @@ function text(tag: number, value: string): Buffer {
 }
 
 function number(tag: number, value: number, least: number, most: number): Buffer {
-  if (!Number.isInteger(value) || value < least || value > most) throw new ForgeError("INVALID_INPUT", `${value} is not within ${least}..${most}`);
+  if (!Number.isInteger(value) || value < least || value > most)
+    throw new ForgeError("INVALID_INPUT", `${value} is not within ${least}..${most}`);
   const bytes = Buffer.alloc(4);
   bytes.writeUInt32LE(value);
   return entry(tag, bytes);

@@ -33,12 +33,21 @@ const kernelName = "vmlinux";
 const initramfsName = "initramfs";
 const recordName = "guest.json";
 
-/** What `buildGuest` made earlier. UNSUPPORTED when it was not run. */
+/** What `buildGuest` made earlier, byte for byte. UNSUPPORTED when it was not run, or when the files are others now. */
 export async function loadGuest(buildDir: string): Promise<GuestFiles> {
   const folder = resolve(buildDir, "guest");
   const record = await readRecord(folder);
   if (record === undefined) throw new ForgeError("UNSUPPORTED", `there is no guest kernel in ${folder}: run tools/setup`);
-  return guestFiles(folder, record);
+  const files = guestFiles(folder, record);
+  const [kernel, initramfs] = await Promise.all([readIfExists(files.kernelPath), readIfExists(files.initramfsPath)]);
+  const isSame =
+    kernel !== undefined &&
+    initramfs !== undefined &&
+    digestOf(kernel) === record.kernelDigest &&
+    digestOf(initramfs) === record.initramfsDigest;
+  if (!isSame)
+    throw new ForgeError("UNSUPPORTED", `the guest in ${folder} is not the one that was built: remove the folder and run tools/setup`);
+  return files;
 }
 
 /** Fetches the kernel, compiles init, writes the initramfs. Does nothing when sources and results are as they were. */
@@ -83,7 +92,7 @@ async function readRecord(folder: string): Promise<GuestRecord | undefined> {
   return Object.values(fields).every((field) => typeof field === "string") ? (fields as GuestRecord) : undefined;
 }
 
-/** Enough to see that they are the ones made; what a boot trusts are the digests, which the VMM's measurement covers. */
+/** Enough to see that nothing has to be made; that the bytes are right is for loadGuest to check. */
 async function statOutputs(folder: string): Promise<string> {
   const stats = await Promise.all([kernelName, initramfsName].map(async (name) => await stat(join(folder, name)).catch(() => undefined)));
   return stats.map((file) => (file === undefined ? "absent" : `${file.size}@${file.mtimeMs}`)).join(" ");

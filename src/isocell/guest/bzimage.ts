@@ -19,7 +19,7 @@ export function unpackKernel(image: Buffer): Buffer {
   if (sizeBytes > maxKernelBytes) throw unusable("it is too large");
   const kernel = Buffer.alloc(sizeBytes);
   let written = 0;
-  for (let at = 4; at + 4 < payload.length; ) {
+  for (let at = 4; at + 4 < payload.length;) {
     const blockBytes = payload.readUInt32LE(at);
     written += unpackBlock(payload.subarray(at + 4, at + 4 + blockBytes), kernel.subarray(written, written + maxBlockBytes));
     at += 4 + blockBytes;
@@ -34,7 +34,7 @@ function unpackBlock(from: Buffer, to: Buffer): number {
   let written = 0;
   const readLength = (nibble: number): number => {
     let length = nibble;
-    for (let more = nibble === 15; more; ) {
+    for (let more = nibble === 15; more;) {
       const byte = from.readUInt8(read++);
       length += byte;
       more = byte === 255;
@@ -53,7 +53,7 @@ function unpackBlock(from: Buffer, to: Buffer): number {
     read += 2;
     const length = readLength(token & 15) + 4;
     if (distance === 0 || distance > written || written + length > to.length) throw unusable("its payload is damaged");
-    for (let left = length; left > 0; ) {
+    for (let left = length; left > 0;) {
       const part = Math.min(left, distance);
       to.copyWithin(written, written - distance, written - distance + part);
       written += part;

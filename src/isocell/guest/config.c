@@ -18,7 +18,8 @@ size_t config_size(const uint8_t header[CONFIG_HEADER_BYTES]) {
 }
 
 const char *config_parse(const uint8_t *drive, size_t size, struct config *config) {
-  if (size < CONFIG_HEADER_BYTES || config_size(drive) == 0 || config_size(drive) > size) return "no config drive of a version this init knows";
+  if (size < CONFIG_HEADER_BYTES || config_size(drive) == 0 || config_size(drive) > size)
+    return "no config drive of a version this init knows";
   const uint8_t *at = drive + CONFIG_HEADER_BYTES, *end = drive + config_size(drive);
   if (get32(drive + 16) != crc32_of(0, at, (size_t)(end - at))) return "its checksum is wrong";
   *config = (struct config){.stop_signal = 15, .mtu = 1500};

@@ -22,9 +22,7 @@ function encodeEntry(entry: CpioEntry, inode: number): Buffer {
   const data = entry.data ?? new Uint8Array();
   if (data.length > 0x7fff_ffff) throw new ForgeError("TOO_LARGE", `${entry.path} is too large for an initramfs`);
   const links = 1;
-  const fields = [
-    inode, entry.mode, 0, 0, links, 0, data.length, 0, 0, entry.device?.major ?? 0, entry.device?.minor ?? 0, name.length, 0,
-  ];
+  const fields = [inode, entry.mode, 0, 0, links, 0, data.length, 0, 0, entry.device?.major ?? 0, entry.device?.minor ?? 0, name.length, 0];
   const header = Buffer.from(`070701${fields.map((field) => field.toString(16).padStart(8, "0")).join("")}`, "latin1");
   return Buffer.concat([padTo(4, Buffer.concat([header, name])), padTo(4, data)]);
 }

@@ -26,7 +26,12 @@ describe("a guest that runs", () => {
 
   beforeAll(async () => {
     guest = await bench.boot({
-      argv: ["sh", "-c", "id; env; pwd; tty; echo oops >&2; echo late; trap 'echo stopping; exit 7' TERM; httpd -f -p [::]:8080 -h /www & while :; do sleep 600 & wait $!; done"],
+      argv: [
+        "sh",
+        "-c",
+        "id; env; pwd; tty; echo oops >&2; echo late; trap 'echo stopping; exit 7' TERM; " +
+          "httpd -f -p [::]:8080 -h /www & while :; do sleep 600 & wait $!; done",
+      ],
       env: { GREETING: "hello world" },
       cwd: "/srv/made/here",
       user: "app",
@@ -58,7 +63,9 @@ describe("a guest that runs", () => {
   test("runs its own kernel on a read-only verified root with a writable layer", async () => {
     const { stdout } = await execText(channel, ["sh", "-c", "uname -r; mount; echo x > /tmp/file && cat /tmp/file"]);
     expect(stdout).toMatch(/^\d+\.\d+\.\d+-\d+-cloud-amd64\n/);
-    expect(stdout).toMatch(/ on \/ type overlay .*[\s\S]*proc on \/proc[\s\S]*devpts on \/dev\/pts[\s\S]*shm on \/dev\/shm[\s\S]*mqueue[\s\S]*\nx\n$/);
+    expect(stdout).toMatch(
+      / on \/ type overlay .*[\s\S]*proc on \/proc[\s\S]*devpts on \/dev\/pts[\s\S]*shm on \/dev\/shm[\s\S]*mqueue[\s\S]*\nx\n$/,
+    );
   });
 
   test("has one address, one neighbour, and no way further", async () => {
@@ -72,10 +79,19 @@ describe("a guest that runs", () => {
   });
 
   test("runs programs beside the entrypoint: streams, status, environment, folder", async () => {
-    const session = await channel.exec({ argv: ["sh", "-c", "cat; echo $A$TERM >&2; pwd; exit 3"], tty: false, env: { A: "b" }, cwd: "/www" });
+    const session = await channel.exec({
+      argv: ["sh", "-c", "cat; echo $A$TERM >&2; pwd; exit 3"],
+      tty: false,
+      env: { A: "b" },
+      cwd: "/www",
+    });
     session.stdin.end("through stdin\n");
     const [stdout, stderr] = await Promise.all([text(session.stdout), text(session.stderr)]);
-    expect({ stdout, stderr, status: await session.exited }).toEqual({ stdout: "through stdin\n/www\n", stderr: "b\n", status: { code: 3 } });
+    expect({ stdout, stderr, status: await session.exited }).toEqual({
+      stdout: "through stdin\n/www\n",
+      stderr: "b\n",
+      status: { code: 3 },
+    });
     expect((await execText(channel, ["sh", "-c", "kill -9 $$"])).status).toEqual({ signal: 9 });
     await expect(channel.exec({ argv: ["no-such-program"], tty: false })).rejects.toMatchObject({ code: "EXEC_FAILED" });
   });
@@ -147,7 +163,14 @@ describe("a guest that runs", () => {
 });
 
 test("logs written while no host is there arrive once, in order; what did not fit is told", async () => {
-  const guest = await bench.boot({ argv: ["sh", "-c", "echo first; while [ ! -e /tmp/go ]; do sleep 0.1; done; seq 1 60000; echo small; sleep 0.5; yes | head -c 2000000; echo last; exec sleep 600"] });
+  const guest = await bench.boot({
+    argv: [
+      "sh",
+      "-c",
+      "echo first; while [ ! -e /tmp/go ]; do sleep 0.1; done; seq 1 60000; echo small; sleep 0.5; " +
+        "yes | head -c 2000000; echo last; exec sleep 600",
+    ],
+  });
   const first = await guest.connect();
   await guest.told.until((told) => told.text("stdout") === "first\n");
   await execText(first, ["touch", "/tmp/go"]);

@@ -7,7 +7,17 @@ import { run } from "../../base/exec.ts";
 export async function buildHarness(): Promise<{ path: string } & AsyncDisposable> {
   const folder = await mkdtemp(join(tmpdir(), "forge-harness-"));
   const path = join(folder, "decode");
-  const flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I."];
+  const flags = [
+    "-std=gnu17",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-I.",
+  ];
   await run("gcc", [...flags, "-o", path, "harness/decode.c", "codec.c", "config.c"], { cwd: import.meta.dirname });
   return { path, [Symbol.asyncDispose]: async () => await rm(folder, { recursive: true, force: true }) };
 }

@@ -48,7 +48,8 @@ static void mount_early(void) {
   mkdir("/dev", 0755);
   mkdir("/proc", 0555);
   mkdir("/sys", 0555);
-  if (mount("dev", "/dev", "devtmpfs", MS_NOSUID, "mode=0755") == -1 || mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "") == -1 ||
+  if (mount("dev", "/dev", "devtmpfs", MS_NOSUID, "mode=0755") == -1 ||
+      mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "") == -1 ||
       mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "") == -1)
     fatal("MOUNT_FAILED", "the kernel's own file systems: %s", strerror(errno));
 }
@@ -67,7 +68,8 @@ static void start_entrypoint(const struct config *config, struct entrypoint *ent
   if (entrypoint->pid < 0) {
     int error = -entrypoint->pid;
     const char *code = error == ENOENT ? "COMMAND_NOT_FOUND" : error == EACCES ? "COMMAND_NOT_EXECUTABLE" : "COMMAND_FAILED";
-    if (root_is_corrupt()) fatal("ROOT_TAMPERED", "the root file system is not what its root hash says: \"%s\" cannot be read", config->argv[0]);
+    if (root_is_corrupt())
+      fatal("ROOT_TAMPERED", "the root file system is not what its root hash says: \"%s\" cannot be read", config->argv[0]);
     fatal(code, "the command \"%s\" cannot be started: %s: %s", config->argv[0], what, strerror(error));
   }
   close(program.stdin_fd);

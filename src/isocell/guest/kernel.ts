@@ -20,7 +20,18 @@ export interface KernelModule {
 }
 
 /** What a cell's hardware and root need; what these depend on is found in the modules themselves. */
-const wantedModules = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "sha256_generic", "dm_verity", "crc32c_generic", "erofs", "overlay"];
+const wantedModules = [
+  "virtio_pci",
+  "virtio_console",
+  "virtio_blk",
+  "virtio_net",
+  "virtio_rng",
+  "sha256_generic",
+  "dm_verity",
+  "crc32c_generic",
+  "erofs",
+  "overlay",
+];
 const metaPackage = "linux-image-cloud-amd64";
 
 const recordSchema = z.object({ package: z.string(), version: z.string(), release: z.string() });
@@ -38,7 +49,8 @@ export async function fetchKernel(folder: string): Promise<Kernel> {
 async function downloadKernel(folder: string): Promise<void> {
   const depends = await run("apt-cache", ["depends", "--important", metaPackage]);
   const name = /Depends: (linux-image-[0-9]\S*-cloud-amd64)/.exec(depends)?.[1];
-  if (name === undefined) throw new ForgeError("UNSUPPORTED", `the package index knows no kernel for cells (${metaPackage}): run apt-get update`);
+  if (name === undefined)
+    throw new ForgeError("UNSUPPORTED", `the package index knows no kernel for cells (${metaPackage}): run apt-get update`);
   await rm(folder, { recursive: true, force: true });
   await makeDirectory(join(folder, ".."), 0o755);
   const work = await mkdtemp(`${folder}-`);

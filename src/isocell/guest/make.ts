@@ -13,7 +13,16 @@ export async function makeGuest(folder: string): Promise<{ kernel: Kernel; image
 }
 
 const compilerFlags = [
-  "-static", "-s", "-std=gnu17", "-O2", "-D_GNU_SOURCE", "-fstack-protector-strong", "-Wl,-z,relro,-z,now", "-Wall", "-Wextra", "-Werror",
+  "-static",
+  "-s",
+  "-std=gnu17",
+  "-O2",
+  "-D_GNU_SOURCE",
+  "-fstack-protector-strong",
+  "-Wl,-z,relro,-z,now",
+  "-Wall",
+  "-Wextra",
+  "-Werror",
 ];
 
 async function compileInit(folder: string): Promise<Buffer> {

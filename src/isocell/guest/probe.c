@@ -71,7 +71,8 @@ void probes_wait(struct wait_set *set) {
 }
 
 static void pump(struct probe *probe) {
-  if (boot_us() >= probe->deadline_us) return answer(probe, false, probe->connected ? "connected, but no answer in time" : "no connection in time");
+  if (boot_us() >= probe->deadline_us)
+    return answer(probe, false, probe->connected ? "connected, but no answer in time" : "no connection in time");
   if (probe->connected) return read_answer(probe);
   struct pollfd writable = {.fd = probe->fd, .events = POLLOUT};
   if (poll(&writable, 1, 0) != 1) return;
@@ -92,7 +93,8 @@ static bool connect_next(struct probe *probe) {
     bool is_six = probe->tried++ < 2;
     if (probe->fd != -1) close(probe->fd);
     probe->fd = socket(is_six ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    int result = is_six ? connect(probe->fd, (struct sockaddr *)&six, sizeof six) : connect(probe->fd, (struct sockaddr *)&four, sizeof four);
+    int result = is_six ? connect(probe->fd, (struct sockaddr *)&six, sizeof six)
+                        : connect(probe->fd, (struct sockaddr *)&four, sizeof four);
     if (result == 0 || errno == EINPROGRESS) return true;
     snprintf(probe->last_error, sizeof probe->last_error, "%s", strerror(errno));
   }
@@ -102,7 +104,8 @@ static bool connect_next(struct probe *probe) {
 static void ask(struct probe *probe) {
   if (probe->path[0] == 0) return answer(probe, true, "connected");
   char request[MAX_PATH_BYTES + 128];
-  int length = snprintf(request, sizeof request, "GET %s HTTP/1.1\r\nHost: localhost\r\nUser-Agent: forge-probe\r\nConnection: close\r\n\r\n", probe->path);
+  const char *form = "GET %s HTTP/1.1\r\nHost: localhost\r\nUser-Agent: forge-probe\r\nConnection: close\r\n\r\n";
+  int length = snprintf(request, sizeof request, form, probe->path);
   if (send(probe->fd, request, (size_t)length, MSG_NOSIGNAL) != length) return answer(probe, false, "the request could not be sent");
   probe->connected = true;
 }

@@ -48,7 +48,8 @@ static _Noreturn void become(const struct program *program, int report) {
   sigprocmask(SIG_SETMASK, &none, NULL);
   setsid();
   if (program->tty && ioctl(program->stdin_fd, TIOCSCTTY, 0) == -1) give_up(report, STEP_TERMINAL);
-  if (dup2(program->stdin_fd, 0) == -1 || dup2(program->stdout_fd, 1) == -1 || dup2(program->stderr_fd, 2) == -1) give_up(report, STEP_TERMINAL);
+  if (dup2(program->stdin_fd, 0) == -1 || dup2(program->stdout_fd, 1) == -1 || dup2(program->stderr_fd, 2) == -1)
+    give_up(report, STEP_TERMINAL);
   struct rlimit files = {1048576, 1048576}, core = {0, RLIM_INFINITY};
   setrlimit(RLIMIT_NOFILE, &files);
   setrlimit(RLIMIT_CORE, &core);

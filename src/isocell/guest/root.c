@@ -42,13 +42,16 @@ static void write_file(const char *path, const char *format, ...) __attribute__(
 void open_verified_root(void) {
   struct verity verity = read_command_line();
   struct dm_request request = {0};
-  if (device_mapper(DM_DEV_CREATE, &request, DM_READONLY_FLAG) == -1) fatal("ROOT_UNREADABLE", "device mapper: %s", strerror(errno));
+  if (device_mapper(DM_DEV_CREATE, &request, DM_READONLY_FLAG) == -1)
+    fatal("ROOT_UNREADABLE", "device mapper: %s", strerror(errno));
   request = (struct dm_request){.head.target_count = 1};
   request.target.length = verity.data_blocks * (BLOCK_BYTES / 512);
   strcpy(request.target.target_type, "verity");
-  snprintf(request.parameters, sizeof request.parameters, "1 " DISK " " DISK " %u %u %llu %llu sha256 %s %s", BLOCK_BYTES, BLOCK_BYTES,
+  snprintf(request.parameters, sizeof request.parameters,
+           "1 " DISK " " DISK " %u %u %llu %llu sha256 %s %s", BLOCK_BYTES, BLOCK_BYTES,
            verity.data_blocks, verity.hash_start_block, verity.root_hash, verity.salt);
-  if (device_mapper(DM_TABLE_LOAD, &request, DM_READONLY_FLAG) == -1) fatal("ROOT_UNREADABLE", "the verity table is refused: %s", strerror(errno));
+  if (device_mapper(DM_TABLE_LOAD, &request, DM_READONLY_FLAG) == -1)
+    fatal("ROOT_UNREADABLE", "the verity table is refused: %s", strerror(errno));
   request = (struct dm_request){0};
   if (device_mapper(DM_DEV_SUSPEND, &request, 0) == -1) fatal("ROOT_UNREADABLE", "the verified device does not start: %s", strerror(errno));
   wait_for_device("/dev/dm-0");

@@ -57,7 +57,7 @@ static struct session *find(uint16_t stream) {
   return NULL;
 }
 
-/* u8 terminal, u8 zero, u16 rows, u16 columns, u16 arguments, u16 variables; then folder, arguments, variables, each with a NUL. */
+/* u8 terminal, u8 zero, u16 rows, columns, arguments, variables; then folder, arguments, variables, each with a NUL. */
 void session_open(const struct frame *frame) {
   if (frame->stream == 0 || find(frame->stream) != NULL) return;
   if (identity == NULL) return refuse(frame->stream, EAGAIN, "the cell has not started yet");
@@ -66,7 +66,8 @@ void session_open(const struct frame *frame) {
   const char *text = (const char *)frame->payload + 10, *end = (const char *)frame->payload + frame->length;
   char *words[MAX_WORDS + 1] = {NULL};
   size_t count = 0, argc = frame->length < 10 ? 0 : get16(frame->payload + 6), envc = argc == 0 ? 0 : get16(frame->payload + 8);
-  if (argc == 0 || 1 + argc + envc > MAX_WORDS || end[-1] != 0) return refuse(frame->stream, EINVAL, "the request is malformed or too long");
+  if (argc == 0 || 1 + argc + envc > MAX_WORDS || end[-1] != 0)
+    return refuse(frame->stream, EINVAL, "the request is malformed or too long");
   while (text < end && count < 1 + argc + envc) {
     words[count++] = (char *)text;
     text += strlen(text) + 1;

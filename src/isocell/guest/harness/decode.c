@@ -48,7 +48,8 @@ static void decode_config(const uint8_t *bytes, size_t length, bool print) {
   const char *problem = config_parse(bytes, length, &config);
   if (print && problem != NULL) printf("refused: %s\n", problem);
   if (print && problem == NULL) {
-    printf("%s\n%s\n%s\n%s\n%u %u %u\n", config.cell_id, config.hostname, config.cwd, config.user, config.stop_signal, config.mtu, config.overlay_size_mib);
+    printf("%s\n%s\n%s\n%s\n", config.cell_id, config.hostname, config.cwd, config.user);
+    printf("%u %u %u\n", config.stop_signal, config.mtu, config.overlay_size_mib);
     for (size_t i = 0; i < 16; i++) printf("%02x", config.address[i]);
     for (size_t i = 0; i < 16; i++) printf("%02x", config.gateway[i]);
     for (size_t i = 0; i < 6; i++) printf("%02x", config.gateway_mac[i]);
@@ -72,7 +73,8 @@ static void fuzz(const uint8_t *seed, size_t length, double seconds) {
     decode_frames(exact, used, 1 + (size_t)rand() % 5000, false);
     if (used >= CONFIG_HEADER_BYTES) { /* with a right checksum, so that the entries are reached */
       size_t size = config_size(exact);
-      if (size >= CONFIG_HEADER_BYTES && size <= used) put32(exact + 16, crc32_of(0, exact + CONFIG_HEADER_BYTES, size - CONFIG_HEADER_BYTES));
+      if (size >= CONFIG_HEADER_BYTES && size <= used)
+        put32(exact + 16, crc32_of(0, exact + CONFIG_HEADER_BYTES, size - CONFIG_HEADER_BYTES));
     }
     decode_config(exact, used, false);
     free(exact);

@@ -61,7 +61,14 @@ function describeCell(cell: Cell): string {
   return `${cell.service} ${shortId(cell.id)} ${cell.state}${reason}${phases === "" ? "" : ` (${phases})`}`;
 }
 
-const phaseNames: Record<keyof Phases, string> = { prepareMs: "prepare", attachMs: "attach", spawnMs: "spawn", kernelMs: "kernel", initMs: "init", entrypointMs: "entrypoint" };
+const phaseNames: Record<keyof Phases, string> = {
+  prepareMs: "prepare",
+  attachMs: "attach",
+  spawnMs: "spawn",
+  kernelMs: "kernel",
+  initMs: "init",
+  entrypointMs: "entrypoint",
+};
 
 function describePhases(phases: Phases): string {
   const keys = Object.keys(phaseNames) as (keyof Phases)[];
@@ -72,7 +79,9 @@ async function failure(cli: Cli, api: Connection, cell: Cell): Promise<ForgeErro
   cli.terminal.progress([]);
   const logLines = await printLastLines(cli, api, cell);
   const exit = cell.exitStatus === null ? "" : ` (exit status ${cell.exitStatus})`;
-  return new ForgeError("CELL_FAILED", `a cell of ${cell.service} does not run${exit}: ${cell.reason ?? cell.state}`, { details: { cell, logLines } });
+  return new ForgeError("CELL_FAILED", `a cell of ${cell.service} does not run${exit}: ${cell.reason ?? cell.state}`, {
+    details: { cell, logLines },
+  });
 }
 
 async function lateness(cli: Cli, api: Connection, cells: readonly Cell[], timeoutMs: number): Promise<ForgeError> {
@@ -81,14 +90,17 @@ async function lateness(cli: Cli, api: Connection, cells: readonly Cell[], timeo
   const logLines = waiting[0] === undefined ? [] : await printLastLines(cli, api, waiting[0]);
   const states = waiting.map((cell) => `${cell.service} ${shortId(cell.id)} is ${cell.state}`).join(", ") || "no cell was placed";
   const hasBooted = waiting.some(({ state }) => state === "starting" || state === "backoff");
-  return new ForgeError(hasBooted ? "GUEST_NOT_READY" : "TIMEOUT", `not all cells ran within ${timeoutMs / 1000} s: ${states}`, { details: { cells, logLines } });
+  return new ForgeError(hasBooted ? "GUEST_NOT_READY" : "TIMEOUT", `not all cells ran within ${timeoutMs / 1000} s: ${states}`, {
+    details: { cells, logLines },
+  });
 }
 
 /** What the cell said last; a cell that said nothing, or cannot be asked any more, must not hide the failure itself. */
 async function printLastLines(cli: Cli, api: Connection, cell: Cell): Promise<LogLine[]> {
   const lines: LogLine[] = [];
   try {
-    for await (const line of api.lines("getLogs", { params: { name: cell.service }, query: { cell: cell.id, tail: lastLogLines } })) lines.push(line);
+    for await (const line of api.lines("getLogs", { params: { name: cell.service }, query: { cell: cell.id, tail: lastLogLines } }))
+      lines.push(line);
   } catch (error) {
     cli.terminal.note(`  its log cannot be read: ${error instanceof Error ? printable(error.message) : "unknown"}`);
   }

@@ -37,11 +37,17 @@ describe("help", () => {
     expect(found.length).toBe(commands.length + 1);
     for (const command of found) {
       expect(command.summary(), command.name()).not.toBe("");
-      expect(command.options.map(({ long }) => long), command.name()).toContain("--json");
+      expect(
+        command.options.map(({ long }) => long),
+        command.name(),
+      ).toContain("--json");
     }
     for (const { group, words, examples } of commands) {
       const name = `forge ${group === undefined ? "" : `${group} `}${words.split(" ")[0]}`;
-      expect(examples.some((example) => example.includes(name)), name).toBe(true);
+      expect(
+        examples.some((example) => example.includes(name)),
+        name,
+      ).toBe(true);
     }
   });
 
@@ -93,9 +99,18 @@ describe("wrong usage exits 2 and says what was meant", () => {
 describe("./forge as a process", { timeout: 60_000 }, () => {
   const wrapper = fileURLToPath(new URL("../../forge", import.meta.url));
 
-  async function forge(args: readonly string[], env: Record<string, string> = {}): Promise<{ exit: number | null; stdout: string; stderr: string }> {
-    const child = spawn(wrapper, args, { env: { PATH: process.env["PATH"] ?? "", FORGE_HOME: folder, ...env }, stdio: ["ignore", "pipe", "pipe"], timeout: 50_000 });
-    const [stdout, stderr] = await Promise.all([child.stdout, child.stderr].map(async (stream) => Buffer.concat(await stream.toArray()).toString()));
+  async function forge(
+    args: readonly string[],
+    env: Record<string, string> = {},
+  ): Promise<{ exit: number | null; stdout: string; stderr: string }> {
+    const child = spawn(wrapper, args, {
+      env: { PATH: process.env["PATH"] ?? "", FORGE_HOME: folder, ...env },
+      stdio: ["ignore", "pipe", "pipe"],
+      timeout: 50_000,
+    });
+    const [stdout, stderr] = await Promise.all(
+      [child.stdout, child.stderr].map(async (stream) => Buffer.concat(await stream.toArray()).toString()),
+    );
     const exit = child.exitCode ?? (await new Promise<number | null>((resolve) => child.once("close", resolve)));
     return { exit, stdout: stdout ?? "", stderr: stderr ?? "" };
   }
@@ -113,7 +128,9 @@ describe("./forge as a process", { timeout: 60_000 }, () => {
     await writeFile(path, "jurisdiction: de\nservices:\n  web: { image: ./i, memory: 256MB }\n");
     const { exit, stderr } = await forge(["deploy", path]);
     expect(exit).toBe(2);
-    expect(stderr).toContain(`${path}:3:30: services.web.memory: must be a whole number with the unit MiB or GiB, such as 256MiB; write 256MiB`);
+    expect(stderr).toContain(
+      `${path}:3:30: services.web.memory: must be a whole number with the unit MiB or GiB, such as 256MiB; write 256MiB`,
+    );
   });
 
   test("no control plane", async () => {

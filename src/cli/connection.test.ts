@@ -48,7 +48,26 @@ afterAll(async () => {
 function makeCertificate(name: string): { keyPath: string; certificate: string } {
   const [keyPath, path] = [join(folder, `${name}.key`), join(folder, `${name}.crt`)];
   const subject = ["-subj", `/CN=${name}`, "-addext", "subjectAltName=IP:127.0.0.1"];
-  execFileSync("openssl", ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", keyPath, "-out", path, "-days", "2", ...subject], { stdio: "ignore" });
+  execFileSync(
+    "openssl",
+    [
+      "req",
+      "-x509",
+      "-newkey",
+      "ec",
+      "-pkeyopt",
+      "ec_paramgen_curve:P-256",
+      "-nodes",
+      "-keyout",
+      keyPath,
+      "-out",
+      path,
+      "-days",
+      "2",
+      ...subject,
+    ],
+    { stdio: "ignore" },
+  );
   return { keyPath, certificate: execFileSync("cat", [path]).toString() };
 }
 
@@ -82,7 +101,11 @@ describe("Connection", () => {
 
   test("an API's failure keeps its code, sentence and details", async () => {
     answer = json(409, { code: "CONFLICT", message: "there is one", remedy: "look", details: { name: "ci" } });
-    expect((await failureOf(connection().call("getHealth", {}))).toBody()).toMatchObject({ code: "CONFLICT", message: "there is one", details: { name: "ci" } });
+    expect((await failureOf(connection().call("getHealth", {}))).toBody()).toMatchObject({
+      code: "CONFLICT",
+      message: "there is one",
+      details: { name: "ci" },
+    });
   });
 
   test("an answer of another shape, or none at all, is UNAVAILABLE", async () => {
@@ -102,7 +125,9 @@ describe("Connection", () => {
 
   test("nobody there is one clear sentence", async () => {
     const closed = new Connection({ apiUrl: "https://127.0.0.1:1", caPem: certificate, token: "x" }, new AbortController().signal);
-    expect((await failureOf(closed.call("getHealth", {}))).message).toBe("the control plane at https://127.0.0.1:1 does not answer: nothing listens there");
+    expect((await failureOf(closed.call("getHealth", {}))).message).toBe(
+      "the control plane at https://127.0.0.1:1 does not answer: nothing listens there",
+    );
   });
 
   test("a call has its bound, and Ctrl-C ends it", async () => {
@@ -143,7 +168,9 @@ describe("Connection", () => {
     async function* bytes(): AsyncGenerator<Uint8Array> {
       for (let index = 0; index < 64; index += 1) yield new Uint8Array(64 * 1024);
     }
-    expect((await failureOf(connection().upload("putBlob", { params: { digest: `sha256:${"0".repeat(64)}` } }, bytes()))).code).toBe("IMAGE_CORRUPT");
+    expect((await failureOf(connection().upload("putBlob", { params: { digest: `sha256:${"0".repeat(64)}` } }, bytes()))).code).toBe(
+      "IMAGE_CORRUPT",
+    );
   });
 
   test("lines of a stream arrive as they are written, and its failure at the end", async () => {
@@ -212,7 +239,9 @@ describe("attach", () => {
   });
 
   test("an error frame is its ForgeError", async () => {
-    const { status } = await session((socket) => socket.send(encodeFrame("error", { code: "NOT_FOUND", message: "no such program", remedy: "" })));
+    const { status } = await session((socket) =>
+      socket.send(encodeFrame("error", { code: "NOT_FOUND", message: "no such program", remedy: "" })),
+    );
     expect((await failureOf(status)).toBody()).toMatchObject({ code: "NOT_FOUND", message: "no such program" });
   });
 

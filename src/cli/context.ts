@@ -61,7 +61,8 @@ export class ForgeHome {
       const message = `no runtime is known here: there is no ${this.path("context.json")}, and FORGE_API, FORGE_CA and FORGE_TOKEN are not all set`;
       throw new ForgeError("UNAVAILABLE", message);
     }
-    if (!URL.canParse(apiUrl) || new URL(apiUrl).protocol !== "https:") throw new ForgeError("USAGE", `FORGE_API must be an https:// URL, not ${apiUrl}`);
+    if (!URL.canParse(apiUrl) || new URL(apiUrl).protocol !== "https:")
+      throw new ForgeError("USAGE", `FORGE_API must be an https:// URL, not ${apiUrl}`);
     return { ...stored, apiUrl, caPem, token };
   }
 
@@ -114,7 +115,10 @@ export class Connection {
     }
   }
 
-  webSocket(name: RouteName, input: { params?: Record<string, unknown>; query?: Record<string, unknown> }): ReturnType<typeof openWebSocket> {
+  webSocket(
+    name: RouteName,
+    input: { params?: Record<string, unknown>; query?: Record<string, unknown> },
+  ): ReturnType<typeof openWebSocket> {
     return openWebSocket(this.endpoint, pathOf(name, input), { authorization: `Bearer ${this.#token}` });
   }
 
@@ -129,7 +133,9 @@ async function translate<T>(promise: Promise<T>, explain?: () => ForgeError | un
   } catch (error) {
     if (error instanceof ApiFailure) throw ForgeError.fromBody(error.body);
     if (error instanceof z.ZodError || error instanceof SyntaxError) {
-      throw new ForgeError("UNAVAILABLE", "the server's answer is not what this version of forge expects: are both the same version?", { cause: error });
+      throw new ForgeError("UNAVAILABLE", "the server's answer is not what this version of forge expects: are both the same version?", {
+        cause: error,
+      });
     }
     throw explain?.() ?? error;
   }

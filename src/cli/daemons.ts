@@ -89,10 +89,18 @@ export async function waitForDaemon<T>(
   for (;;) {
     const found = await check();
     if (found !== undefined) return found;
-    const lines = async (): Promise<string> => (await lastLogLines(logPath(daemon.dataDir, daemon.name))).map((line) => `\n${line}`).join("");
-    if (end !== undefined) throw new ForgeError("UNAVAILABLE", `${daemon.name} ended (${end}); the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`);
+    const lines = async (): Promise<string> =>
+      (await lastLogLines(logPath(daemon.dataDir, daemon.name))).map((line) => `\n${line}`).join("");
+    if (end !== undefined)
+      throw new ForgeError(
+        "UNAVAILABLE",
+        `${daemon.name} ended (${end}); the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`,
+      );
     if (performance.now() > deadline) {
-      throw new ForgeError("TIMEOUT", `${daemon.name} was not ready within ${daemon.timeoutMs / 1000} s; the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`);
+      throw new ForgeError(
+        "TIMEOUT",
+        `${daemon.name} was not ready within ${daemon.timeoutMs / 1000} s; the last lines of ${logPath(daemon.dataDir, daemon.name)}:${await lines()}`,
+      );
     }
     await delay(pauseMs, undefined, { signal: daemon.signal });
   }
@@ -145,7 +153,12 @@ async function lastLogLines(path: string): Promise<string[]> {
     const { size } = await file.stat();
     const bytes = Buffer.alloc(Math.min(size, 16_384));
     await file.read(bytes, 0, bytes.length, size - bytes.length);
-    return bytes.toString().split("\n").filter((line) => line.trim() !== "").slice(-8).map(logWords);
+    return bytes
+      .toString()
+      .split("\n")
+      .filter((line) => line.trim() !== "")
+      .slice(-8)
+      .map(logWords);
   } finally {
     await file.close();
   }

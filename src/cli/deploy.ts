@@ -93,7 +93,9 @@ export async function bringImage({ cli, home, api, folder }: Work, text: string,
       verifySignatures(local.digest, local.signatures, (await api.call("listTrustedKeys", {})).items);
       return { digest: local.digest, reference: text };
     }
-    const image = await uploadImage(api, local, (sent, total) => terminal.progress([`${text}: sending ${formatBytes(sent)} of ${formatBytes(total)}`]));
+    const image = await uploadImage(api, local, (sent, total) =>
+      terminal.progress([`${text}: sending ${formatBytes(sent)} of ${formatBytes(total)}`]),
+    );
     describeImage(cli, text, image);
     return image;
   });
@@ -102,9 +104,14 @@ export async function bringImage({ cli, home, api, folder }: Work, text: string,
 /** A dry run pulls nothing: only what the region has of this name can be planned with. */
 async function knownDigest(api: Connection, text: string): Promise<string> {
   const { items } = await api.call("listImages", {});
-  const known = items.filter(({ reference }) => reference === text).toSorted((one, other) => other.createdAt.localeCompare(one.createdAt))[0];
+  const known = items
+    .filter(({ reference }) => reference === text)
+    .toSorted((one, other) => other.createdAt.localeCompare(one.createdAt))[0];
   if (known !== undefined) return known.digest;
-  throw new ForgeError("IMAGE_NOT_FOUND", `the region has no image ${text} yet, and a dry run pulls none: \`forge image push ${text}\` brings it in, or name it by its digest`);
+  throw new ForgeError(
+    "IMAGE_NOT_FOUND",
+    `the region has no image ${text} yet, and a dry run pulls none: \`forge image push ${text}\` brings it in, or name it by its digest`,
+  );
 }
 
 function describeImage({ terminal }: Cli, text: string, image: Image): void {
@@ -137,7 +144,11 @@ async function finish({ cli, api }: Work, applied: readonly Applied[], flags: De
 }
 
 function printPlan({ terminal }: Cli, plan: Plan, isDryRun: boolean): void {
-  const words = { create: isDryRun ? "would be created" : "created", update: `${isDryRun ? "would become" : "is now"} revision ${plan.revision}`, unchanged: "unchanged" };
+  const words = {
+    create: isDryRun ? "would be created" : "created",
+    update: `${isDryRun ? "would become" : "is now"} revision ${plan.revision}`,
+    unchanged: "unchanged",
+  };
   terminal.note(`${terminal.paint("bold", plan.service)}: ${words[plan.action]}`);
   for (const change of plan.changes) terminal.note(`  ${printable(change)}`);
 }
@@ -153,4 +164,3 @@ function printService({ terminal }: Cli, service: Service): void {
 function vcpus(spec: ServiceSpec): string {
   return spec.vcpus === 1 ? "1 vCPU" : `${spec.vcpus} vCPUs`;
 }
-

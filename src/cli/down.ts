@@ -25,7 +25,8 @@ export async function down(cli: Cli, flags: { data?: string }): Promise<void> {
   if (await stopDaemon(dataDir, "control", "SIGTERM", controlTimeoutMs)) stopped.push("control");
   cli.terminal.progress([]);
   cli.terminal.document({ dataDir, stopped });
-  const done = stopped.length === 0 ? `nothing ran for ${dataDir}` : `Forge is down: all cells, ${stopped.join(", ")} and its database stopped`;
+  const done =
+    stopped.length === 0 ? `nothing ran for ${dataDir}` : `Forge is down: all cells, ${stopped.join(", ")} and its database stopped`;
   cli.terminal.print(`${done}. \`forge up\` brings the services back.`);
 }
 

@@ -3,7 +3,14 @@ import { access } from "node:fs/promises";
 import type { Image } from "../api/resources.ts";
 import { writeDurable } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";
-import { buildImage, generateSigningKey, type LocalReference, parseImageReference, signImage, type SigningKeyType } from "../isocell/image/index.ts";
+import {
+  buildImage,
+  generateSigningKey,
+  type LocalReference,
+  parseImageReference,
+  signImage,
+  type SigningKeyType,
+} from "../isocell/image/index.ts";
 import { Connection, ForgeHome, withApi } from "./context.ts";
 import { bringImage } from "./deploy.ts";
 import type { Cli } from "./index.ts";
@@ -56,7 +63,8 @@ export async function inspect(cli: Cli, text: string): Promise<void> {
     line("digest", digest);
     line("size", `${formatBytes(sizeBytes)} in ${layers.length} ${layers.length === 1 ? "layer" : "layers"}`);
     line("signatures", String(signatures.length));
-    for (const [name, value] of Object.entries(config)) if (value !== undefined) line(name, typeof value === "string" ? value : JSON.stringify(value));
+    for (const [name, value] of Object.entries(config))
+      if (value !== undefined) line(name, typeof value === "string" ? value : JSON.stringify(value));
   });
 }
 
@@ -78,7 +86,8 @@ export async function list({ terminal, ...cli }: Cli): Promise<void> {
 
 export async function keygen({ terminal }: Cli, path: string, flags: { type?: SigningKeyType }): Promise<void> {
   const publicPath = `${path}.pub`;
-  for (const each of [path, publicPath]) if (await exists(each)) throw new ForgeError("CONFLICT", `${each} exists; a key is never overwritten`);
+  for (const each of [path, publicPath])
+    if (await exists(each)) throw new ForgeError("CONFLICT", `${each} exists; a key is never overwritten`);
   const key = generateSigningKey(flags.type);
   await writeDurable(publicPath, key.publicKeyPem, 0o644);
   await writeDurable(path, key.privateKeyPem);

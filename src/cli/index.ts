@@ -84,7 +84,9 @@ export function buildProgram(cli: Cli, setExit: (code: number) => void = () => u
     .addHelpText("after", "\nStart with `forge up`. More on one command: `forge help COMMAND`. Exit codes: `forge help exit-codes`.");
   const parents = new Map<CommandGroup, Command>();
   const parentOf = (group: CommandGroup): Command => {
-    const parent = parents.get(group) ?? program.command(group).helpCommand(false).summary(groups[group]).description(groups[group]).usage("COMMAND [options]");
+    const parent =
+      parents.get(group) ??
+      program.command(group).helpCommand(false).summary(groups[group]).description(groups[group]).usage("COMMAND [options]");
     parents.set(group, parent);
     return parent;
   };
@@ -104,20 +106,29 @@ function humanReadable(argument: Argument): string {
 }
 
 function addCommand(parent: Command, entry: CommandEntry, cli: Cli, setExit: (code: number) => void): void {
-  const command = parent.command(entry.words).summary(entry.summary).description(entry.description ?? entry.summary);
+  const command = parent
+    .command(entry.words)
+    .summary(entry.summary)
+    .description(entry.description ?? entry.summary);
   command.allowExcessArguments(false);
   for (const option of entry.options ?? []) command.addOption(option());
   command.option("--json", "print the result as JSON on stdout, an error as JSON on stderr");
   command.addHelpText("after", `\nExamples:\n${entry.examples.map((example) => `  ${example}`).join("\n")}`);
   if (entry.passThrough === true) command.passThroughOptions();
   command.action(async (...values: unknown[]) => {
-    const args = values.slice(0, -2).flat().filter((value) => value !== undefined) as string[];
+    const args = values
+      .slice(0, -2)
+      .flat()
+      .filter((value) => value !== undefined) as string[];
     setExit((await entry.run(cli, args, values.at(-2) as Flags)) ?? 0);
   });
 }
 
 function addHelp(program: Command, terminal: Terminal): void {
-  const help = program.command("help [words...]").summary("help on a command, or on exit-codes").description("Help on a command, or on exit-codes.");
+  const help = program
+    .command("help [words...]")
+    .summary("help on a command, or on exit-codes")
+    .description("Help on a command, or on exit-codes.");
   help.option("--json", "accepted everywhere; help is text all the same");
   help.addHelpText("after", "\nExamples:\n  forge help deploy\n  forge help exit-codes");
   help.action((words: string[]) => {
@@ -150,7 +161,8 @@ function report(thrown: unknown, terminal: Terminal): number {
   const lines = message.split("\n").map(printable);
   terminal.stderr.write(`${terminal.paint("red", "error:")} ${lines.join("\n  ")}\n`);
   terminal.stderr.write(`${terminal.paint("dim", `${remedy} (${code}, exit ${error.exitCode})`)}\n`);
-  if (error.code === "INTERNAL" && process.env["FORGE_LOG"] === "debug") terminal.stderr.write(`${String(error.cause instanceof Error ? error.cause.stack : error.stack)}\n`);
+  if (error.code === "INTERNAL" && process.env["FORGE_LOG"] === "debug")
+    terminal.stderr.write(`${String(error.cause instanceof Error ? error.cause.stack : error.stack)}\n`);
   return error.exitCode;
 }
 

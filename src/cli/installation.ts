@@ -8,7 +8,9 @@ import { makeDirectory, readIfExists, writeDurable } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";
 
 const portSchema = z.int().min(1).max(65_535);
-const placeName = z.string().regex(/^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$/, "must be 1 to 63 lower-case letters, digits, dots and inner hyphens");
+const placeName = z
+  .string()
+  .regex(/^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$/, "must be 1 to 63 lower-case letters, digits, dots and inner hyphens");
 
 /** What `forge up` was told about this machine, kept in DATA/forge.json; control plane and agent start from it. */
 const installationSchema = z.strictObject({
@@ -41,7 +43,8 @@ export async function readInstallation(dataDir: string): Promise<Installation | 
 
 export async function requireInstallation(dataDir: string): Promise<Installation> {
   const installation = await readInstallation(dataDir);
-  if (installation === undefined) throw new ForgeError("NOT_FOUND", `no installation in ${dataDir}: \`forge up --data ${dataDir}\` makes one`);
+  if (installation === undefined)
+    throw new ForgeError("NOT_FOUND", `no installation in ${dataDir}: \`forge up --data ${dataDir}\` makes one`);
   return installation;
 }
 
@@ -90,7 +93,11 @@ function parseInstallation(value: unknown, source: string): Installation {
 }
 
 function defaultNodeName(): string {
-  const name = hostname().toLowerCase().replace(/[^a-z0-9.-]/g, "-").replace(/^[^a-z0-9]+|[^a-z0-9]+$/g, "").slice(0, 40);
+  const name = hostname()
+    .toLowerCase()
+    .replace(/[^a-z0-9.-]/g, "-")
+    .replace(/^[^a-z0-9]+|[^a-z0-9]+$/g, "")
+    .slice(0, 40);
   return placeName.safeParse(name).success ? name : "node-1";
 }
 

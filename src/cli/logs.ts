@@ -7,7 +7,11 @@ import { printable, shortId } from "./text.ts";
 const cellStyles: readonly Style[] = ["cyan", "yellow", "green"];
 
 /** `forge logs`: the service's own lines on stdout, each with its cell where there are several. */
-export async function logs(cli: Cli, service: string, flags: { follow?: boolean; tail?: number; cell?: string; timestamps?: boolean }): Promise<void> {
+export async function logs(
+  cli: Cli,
+  service: string,
+  flags: { follow?: boolean; tail?: number; cell?: string; timestamps?: boolean },
+): Promise<void> {
   await withApi(cli, async (api) => {
     const { cells } = await api.call("getService", { params: { name: service } });
     const cell = flags.cell === undefined ? undefined : (cells.find(({ id }) => id.endsWith(flags.cell ?? ""))?.id ?? flags.cell);
@@ -22,9 +26,17 @@ export async function logs(cli: Cli, service: string, flags: { follow?: boolean;
 }
 
 /** Guests are not trusted with a terminal: what they wrote is made printable. */
-export function formatLine(terminal: Terminal, line: LogLine, show: { timestamps: boolean; cell: boolean }, cellStyle: Style = "cyan"): string {
+export function formatLine(
+  terminal: Terminal,
+  line: LogLine,
+  show: { timestamps: boolean; cell: boolean },
+  cellStyle: Style = "cyan",
+): string {
   const message = printable(line.message);
-  const text = line.stream === "stdout" ? message : terminal.paint(line.stream === "stderr" ? "red" : "dim", line.stream === "system" ? `[forge] ${message}` : message);
+  const text =
+    line.stream === "stdout"
+      ? message
+      : terminal.paint(line.stream === "stderr" ? "red" : "dim", line.stream === "system" ? `[forge] ${message}` : message);
   const time = show.timestamps ? `${terminal.paint("dim", line.time)} ` : "";
   return `${time}${show.cell ? `${terminal.paint(cellStyle, shortId(line.cell))} ` : ""}${text}`;
 }

@@ -25,7 +25,8 @@ export function checkYamlBounds(text: string, file: string): void {
     if (type === "flow-seq-start" || type === "flow-map-start") flowDepth += 1;
     else if (type === "flow-seq-end" || type === "flow-map-end") flowDepth = Math.max(0, flowDepth - 1);
     else if (isBlockOpener(type) && flowDepth === 0) openersInLine += 1;
-    else if (type === "space" && openersInLine === 0 && token.length > 4 * maximumDepth) throw tooMuch(file, line, "is indented deeper than a manifest can need");
+    else if (type === "space" && openersInLine === 0 && token.length > 4 * maximumDepth)
+      throw tooMuch(file, line, "is indented deeper than a manifest can need");
     if (flowDepth > maximumDepth || openersInLine > maximumDepth) throw tooMuch(file, line, "is nested deeper than a manifest can need");
     const newlines = token.split("\n").length - 1;
     line += newlines;
@@ -38,5 +39,7 @@ function isBlockOpener(type: CST.TokenType | null): boolean {
 }
 
 function tooMuch(file: string, line: number, message: string): ForgeError {
-  return new ForgeError("MANIFEST_INVALID", `${file}:${line}:1: ${message}`, { details: { file, problems: [{ line, column: 1, key: "", message }] } });
+  return new ForgeError("MANIFEST_INVALID", `${file}:${line}:1: ${message}`, {
+    details: { file, problems: [{ line, column: 1, key: "", message }] },
+  });
 }

@@ -59,12 +59,20 @@ function remedyFor(path: readonly PropertyKey[], value: unknown): string | undef
   const isText = path.at(-2) === "env" || path.at(-2) === "command" || field === "user";
   if (isText && ["number", "boolean"].includes(typeof value)) return `write it in quotes: "${String(value)}"`;
   if (isText && value === null) return 'write "" for an empty text';
-  if (field === "command" && typeof value === "string") return `write a list: [${value.split(/\s+/).slice(0, 8).map((word) => JSON.stringify(word)).join(", ")}]`;
+  if (field === "command" && typeof value === "string")
+    return `write a list: [${value
+      .split(/\s+/)
+      .slice(0, 8)
+      .map((word) => JSON.stringify(word))
+      .join(", ")}]`;
   return undefined;
 }
 
 function memoryRemedy(value: unknown): string | undefined {
-  if (typeof value === "number") return value >= 1024 * 1024 ? `bytes are written with their unit: ${Math.ceil(value / (1024 * 1024))}MiB` : `give the unit: ${value}MiB`;
+  if (typeof value === "number")
+    return value >= 1024 * 1024
+      ? `bytes are written with their unit: ${Math.ceil(value / (1024 * 1024))}MiB`
+      : `give the unit: ${value}MiB`;
   const match = typeof value === "string" ? /^\s*([0-9]{1,7})\s*([kmgt]?)i?b?\s*$/i.exec(value) : null;
   const unit = match?.[2]?.toLowerCase();
   if (match === null || value === `${match[1]}MiB` || value === `${match[1]}GiB`) return undefined;
@@ -94,7 +102,9 @@ function knownKeys(path: readonly PropertyKey[]): string[] {
   let schema: JsonSchema | undefined = z.toJSONSchema(manifestSchema, { io: "input" }) as JsonSchema;
   for (const part of path) {
     if (typeof part === "number") schema = schema?.items;
-    else schema = schema?.properties?.[String(part)] ?? (typeof schema?.additionalProperties === "object" ? schema.additionalProperties : undefined);
+    else
+      schema =
+        schema?.properties?.[String(part)] ?? (typeof schema?.additionalProperties === "object" ? schema.additionalProperties : undefined);
   }
   return Object.keys(schema?.properties ?? {}).filter((key) => !key.startsWith("$"));
 }
@@ -132,7 +142,15 @@ function valueAt(root: unknown, path: readonly PropertyKey[]): unknown {
 }
 
 function article(type: string): string {
-  const names: Record<string, string> = { string: "a text", number: "a number", int: "a whole number", boolean: "true or false", object: "a mapping", record: "a mapping", array: "a list" };
+  const names: Record<string, string> = {
+    string: "a text",
+    number: "a number",
+    int: "a whole number",
+    boolean: "true or false",
+    object: "a mapping",
+    record: "a mapping",
+    array: "a list",
+  };
   return names[type] ?? type;
 }
 
@@ -140,7 +158,7 @@ function describeValue(value: unknown): string {
   if (value === null) return "empty";
   if (Array.isArray(value)) return "a list";
   if (typeof value === "object") return "a mapping";
-  return typeof value === "string" ? JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}…` : value) : String(value);
+  return JSON.stringify(typeof value === "string" && value.length > 40 ? `${value.slice(0, 40)}…` : value) ?? "nothing";
 }
 
 function listed(values: readonly string[]): string {

@@ -40,7 +40,9 @@ describe("parseManifest", () => {
   });
 
   test("JSON is YAML", () => {
-    expect(parseManifest(JSON.stringify({ jurisdiction: "de", services: { web: { image: "./image" } } }), "forge.json").jurisdiction).toBe("de");
+    expect(parseManifest(JSON.stringify({ jurisdiction: "de", services: { web: { image: "./image" } } }), "forge.json").jurisdiction).toBe(
+      "de",
+    );
   });
 
   test.each([
@@ -74,11 +76,18 @@ describe("parseManifest", () => {
 
   test("tells all problems at once, in the order of the file", () => {
     const found = problemsOf("jurisdiction: DE\nservices:\n  web: { image: ./i, memory: 1MB }\n  api: { vcpus: 0 }\n");
-    expect(found.map(({ line, key }) => `${line} ${key}`)).toEqual(["1 jurisdiction", "3 services.web.memory", "4 services.api.image", "4 services.api.vcpus"]);
+    expect(found.map(({ line, key }) => `${line} ${key}`)).toEqual([
+      "1 jurisdiction",
+      "3 services.web.memory",
+      "4 services.api.image",
+      "4 services.api.vcpus",
+    ]);
   });
 
   test("each line of the message starts with file, line and column", () => {
-    expect(() => parseManifest(withLine("memory: 1MB"), "dir/forge.yaml")).toThrow(/^dir\/forge\.yaml:5:13: services\.web\.memory: must be /);
+    expect(() => parseManifest(withLine("memory: 1MB"), "dir/forge.yaml")).toThrow(
+      /^dir\/forge\.yaml:5:13: services\.web\.memory: must be /,
+    );
   });
 
   test.each([
@@ -107,7 +116,10 @@ describe("parseManifest", () => {
     expect(parseManifest(text, "forge.yaml").services["web"]?.env).toEqual({ A: "no", B: "1_000", C: "2001-12-14" });
   });
 
-  const bomb = `a: &a [x,x,x,x,x,x,x,x,x]\n${[..."bcdefgh"].map((name, index) => `${name}: &${name} [${Array(9).fill(`*${"abcdefgh"[index]}`).join(",")}]`).join("\n")}`;
+  const bomb = `a: &a [x,x,x,x,x,x,x,x,x]\n${"bcdefgh"
+    .split("")
+    .map((name, index) => `${name}: &${name} [${Array(9).fill(`*${"abcdefgh"[index]}`).join(",")}]`)
+    .join("\n")}`;
   test.each([
     ["an alias bomb", bomb],
     ["a mebibyte of [", "[".repeat(1024 * 1024)],

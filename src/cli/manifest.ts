@@ -1,4 +1,4 @@
-import { type Document, isMap, isNode, isScalar, LineCounter, type Node, parseDocument, type ParsedNode, visit, type YAMLMap } from "yaml";
+import { type Document, isMap, isNode, isScalar, LineCounter, type Node, parseDocument, visit } from "yaml";
 import { type Manifest, manifestSchema } from "../api/manifest.ts";
 import { ForgeError } from "../base/errors.ts";
 import { checkYamlBounds } from "./manifest-bounds.ts";
@@ -25,21 +25,38 @@ export function parseManifest(text: string, file: string): Manifest {
   checkYamlBounds(text, file);
   const lines = new LineCounter();
   const document = composeDocument(text, file, lines);
-  if (document.errors.length > 0) throw invalid(file, document.errors.map((error) => yamlProblem(error, lines)));
+  if (document.errors.length > 0)
+    throw invalid(
+      file,
+      document.errors.map((error) => yamlProblem(error, lines)),
+    );
   const value = toPlain(document, file, lines);
   const parsed = manifestSchema.safeParse(value);
   if (parsed.success) return parsed.data;
-  throw invalid(file, parsed.error.issues.flatMap((issue) => explainIssue(issue, value)).map((finding) => locate(document, lines, finding)));
+  throw invalid(
+    file,
+    parsed.error.issues.flatMap((issue) => explainIssue(issue, value)).map((finding) => locate(document, lines, finding)),
+  );
 }
 
-type Parsed = Document.Parsed<ParsedNode>;
+type Parsed = Document.Parsed;
 
 function composeDocument(text: string, file: string, lineCounter: LineCounter): Parsed {
   try {
-    return parseDocument(text, { version: "1.2", schema: "core", stringKeys: true, prettyErrors: false, logLevel: "error", resolveKnownTags: false, lineCounter });
+    return parseDocument(text, {
+      version: "1.2",
+      schema: "core",
+      stringKeys: true,
+      prettyErrors: false,
+      logLevel: "error",
+      resolveKnownTags: false,
+      lineCounter,
+    });
   } catch (error) {
     // The bounds keep the parser within its stack; should it still give up, that is the document's doing.
-    throw invalid(file, [{ line: 1, column: 1, key: "", message: `cannot be read as YAML: ${error instanceof Error ? error.message : String(error)}` }]);
+    throw invalid(file, [
+      { line: 1, column: 1, key: "", message: `cannot be read as YAML: ${error instanceof Error ? error.message : String(error)}` },
+    ]);
   }
 }
 
@@ -47,9 +64,10 @@ function toPlain(document: Parsed, file: string, lines: LineCounter): unknown {
   try {
     return document.toJS({ maxAliasCount: maximumAliases });
   } catch (error) {
-    const message = /^Unresolved alias/.test(String(error instanceof Error ? error.message : error))
-      ? "an alias (*name) has no anchor (&name) before it"
-      : "aliases (*name) multiply beyond what a manifest may; write the values out";
+    const message =
+      error instanceof Error && error.message.startsWith("Unresolved alias")
+        ? "an alias (*name) has no anchor (&name) before it"
+        : "aliases (*name) multiply beyond what a manifest may; write the values out";
     const { line, col } = lines.linePos(firstAlias(document));
     throw invalid(file, [{ line: Math.max(1, line), column: Math.max(1, col), key: "", message }]);
   }
@@ -74,12 +92,20 @@ function yamlProblem(error: { message: string; code: string; pos: [number, numbe
     MULTIPLE_DOCS: "a manifest is one document: remove what follows ---",
     NON_STRING_KEY: "a key must be a plain name",
   };
-  return { line: Math.max(1, line), column: Math.max(1, col), key: "", message: messages[error.code] ?? `not valid YAML: ${error.message}` };
+  return {
+    line: Math.max(1, line),
+    column: Math.max(1, col),
+    key: "",
+    message: messages[error.code] ?? `not valid YAML: ${error.message}`,
+  };
 }
 
 /** Where a finding stands: at its value, at the unknown key itself, or for what is missing at the mapping that lacks it. */
 function locate(document: Parsed, lines: LineCounter, finding: Finding): ManifestProblem {
-  const offset = finding.unknownKey === undefined ? offsetOf(document, finding.path) : (keyOffset(nodeAt(document, finding.path), finding.unknownKey) ?? 0);
+  const offset =
+    finding.unknownKey === undefined
+      ? offsetOf(document, finding.path)
+      : (keyOffset(nodeAt(document, finding.path), finding.unknownKey) ?? 0);
   const { line, col } = lines.linePos(offset);
   const path = finding.unknownKey === undefined ? finding.path : [...finding.path, finding.unknownKey];
   return { line: Math.max(1, line), column: Math.max(1, col), key: formatPath(path), message: finding.message };
@@ -104,18 +130,23 @@ function nodeAt(document: Parsed, path: readonly PropertyKey[]): Node | undefine
 
 function keyOffset(node: Node | undefined, key: string): number | undefined {
   if (!isMap(node)) return undefined;
-  const pair = (node as YAMLMap).items.find(({ key: candidate }) => isScalar(candidate) && String(candidate.value) === key);
+  const pair = node.items.find(({ key: candidate }) => isScalar(candidate) && String(candidate.value) === key);
   return isNode(pair?.key) ? pair.key.range?.[0] : undefined;
 }
 
 function formatPath(path: readonly PropertyKey[]): string {
-  return path.reduce<string>((text, part) => (typeof part === "number" ? `${text}[${part}]` : text === "" ? String(part) : `${text}.${String(part)}`), "");
+  return path.reduce<string>(
+    (text, part) => (typeof part === "number" ? `${text}[${part}]` : text === "" ? String(part) : `${text}.${String(part)}`),
+    "",
+  );
 }
 
 function invalid(file: string, problems: readonly ManifestProblem[]): ForgeError {
   const ordered = problems.toSorted((one, other) => one.line - other.line || one.column - other.column);
   const sorted = ordered.filter(({ key }, index) => key === "" || key !== ordered[index - 1]?.key); // one word on one value
-  const shown = sorted.slice(0, reportedProblems).map(({ line, column, key, message }) => `${file}:${line}:${column}: ${key === "" ? "" : `${key}: `}${message}`);
+  const shown = sorted
+    .slice(0, reportedProblems)
+    .map(({ line, column, key, message }) => `${file}:${line}:${column}: ${key === "" ? "" : `${key}: `}${message}`);
   const more = sorted.length > reportedProblems ? [`… and ${sorted.length - reportedProblems} more`] : [];
   return new ForgeError("MANIFEST_INVALID", [...shown, ...more].join("\n"), { details: { file, problems: sorted.slice(0, 200) } });
 }

@@ -11,7 +11,9 @@ export async function ps(cli: Cli, flags: { all?: boolean }): Promise<void> {
   cli.terminal.document({ items: cells });
   if (cells.length > 0) return printCells(cli.terminal, cells);
   const hidden = items.length - cells.length;
-  cli.terminal.print(hidden === 0 ? "no cells; `forge deploy FILE` makes some" : `no running cells; ${hidden} stopped (\`forge ps --all\`)`);
+  cli.terminal.print(
+    hidden === 0 ? "no cells; `forge deploy FILE` makes some" : `no running cells; ${hidden} stopped (\`forge ps --all\`)`,
+  );
 }
 
 function printCells(terminal: Terminal, cells: readonly Cell[]): void {

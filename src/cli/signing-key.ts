@@ -6,7 +6,8 @@ import type { Connection, ForgeHome } from "./context.ts";
 /** The person's own signing key, made when first needed. */
 export async function localKey(home: ForgeHome): Promise<SigningKey> {
   const [privateKey, publicKey] = await Promise.all([readIfExists(home.path("signing.key")), readIfExists(home.path("signing.pub"))]);
-  if (privateKey !== undefined && publicKey !== undefined) return { privateKeyPem: privateKey.toString(), publicKeyPem: publicKey.toString() };
+  if (privateKey !== undefined && publicKey !== undefined)
+    return { privateKeyPem: privateKey.toString(), publicKeyPem: publicKey.toString() };
   const key = generateSigningKey();
   await home.writeFile("signing.pub", key.publicKeyPem, 0o644);
   await home.writeFile("signing.key", key.privateKeyPem);

@@ -17,9 +17,16 @@ export async function status(cli: Cli, flags: { data?: string }): Promise<number
   const [control, agent] = await Promise.all([findDaemon(dataDir, "control"), findDaemon(dataDir, "agent")]);
   const answer = await ask(cli);
   const apiUrl = cli.env["FORGE_API"] ?? context?.apiUrl ?? null;
-  cli.terminal.document({ apiUrl, dataDir, processes: { control: control ?? null, agent: agent ?? null }, status: answer.status ?? null, error: answer.error ?? null });
+  cli.terminal.document({
+    apiUrl,
+    dataDir,
+    processes: { control: control ?? null, agent: agent ?? null },
+    status: answer.status ?? null,
+    error: answer.error ?? null,
+  });
   const { terminal } = cli;
-  const running = (pid: number | undefined): string => (pid === undefined ? terminal.paint("red", "not running") : `${terminal.paint("green", "running")} (pid ${pid})`);
+  const running = (pid: number | undefined): string =>
+    pid === undefined ? terminal.paint("red", "not running") : `${terminal.paint("green", "running")} (pid ${pid})`;
   terminal.print(`control   ${running(control)}`);
   terminal.print(`agent     ${running(agent)}`);
   terminal.print(`data      ${dataDir}`);

@@ -8,8 +8,7 @@ export function printable(text: string): string {
   return stripVTControlCharacters(text)
     .replace(/\t/g, "    ")
     .replace(/\r$/, "")
-    // eslint-disable-next-line no-control-regex -- control characters are the point
-    .replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, visible);
+    .replace(/[\p{Cc}\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu, visible);
 }
 
 function visible(character: string): string {
@@ -27,7 +26,6 @@ function graphemes(text: string): Intl.Segments {
 
 /** Columns a text takes on a terminal. */
 export function displayWidth(text: string): number {
-  // eslint-disable-next-line no-control-regex -- the fast path is plain ASCII
   if (/^[\u0020-\u007e]*$/.test(text)) return text.length;
   let width = 0;
   for (const { segment } of graphemes(text)) width += wide.test(segment) ? 2 : 1;

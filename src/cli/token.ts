@@ -9,7 +9,9 @@ export async function create({ terminal, ...cli }: Cli, flags: { name?: string; 
   const { token, secret } = await withApi(cli, (api) => api.call("createToken", { body }));
   terminal.document({ token, secret });
   // The secret alone on stdout, so that `TOKEN=$(forge token create --name ci)` works.
-  terminal.note(`token ${token.name} (${token.role})${token.expiresAt === null ? "" : `, valid until ${token.expiresAt}`}. It is shown this once:`);
+  terminal.note(
+    `token ${token.name} (${token.role})${token.expiresAt === null ? "" : `, valid until ${token.expiresAt}`}. It is shown this once:`,
+  );
   terminal.print(secret);
   terminal.note("Use it with FORGE_TOKEN in the environment.");
 }

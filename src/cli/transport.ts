@@ -33,7 +33,14 @@ export function httpsTransport(endpoint: Endpoint): Transport & { close(): void 
 /** The WebSocket of a route, with the same CA. The caller handles `unexpected-response` and `error` with `describe`. */
 export function openWebSocket(endpoint: Endpoint, path: string, headers: Record<string, string>): WebSocket {
   const url = new URL(path, endpoint.apiUrl.replace(/^http/, "ws"));
-  const options: ClientOptions = { ca: endpoint.caPem, minVersion: "TLSv1.3", headers, handshakeTimeout: connectTimeoutMs, maxPayload: 1024 * 1024, perMessageDeflate: false };
+  const options: ClientOptions = {
+    ca: endpoint.caPem,
+    minVersion: "TLSv1.3",
+    headers,
+    handshakeTimeout: connectTimeoutMs,
+    maxPayload: 1024 * 1024,
+    perMessageDeflate: false,
+  };
   return new WebSocket(url, options);
 }
 
@@ -48,7 +55,8 @@ function explain(code: string | undefined, error: Error): string {
   if (code === "ECONNREFUSED") return "does not answer: nothing listens there";
   if (code === "ENOTFOUND" || code === "EAI_AGAIN") return "cannot be found: its name does not resolve";
   if (code === "ECONNRESET" || code === "EPIPE" || code === "ERR_STREAM_PREMATURE_CLOSE") return "closed the connection";
-  const isCertificate = code !== undefined && (/CERT|SIGNATURE|SELF_SIGNED/.test(code) || code.startsWith("ERR_TLS") || code.startsWith("ERR_SSL"));
+  const isCertificate =
+    code !== undefined && (/CERT|SIGNATURE|SELF_SIGNED/.test(code) || code.startsWith("ERR_TLS") || code.startsWith("ERR_SSL"));
   if (isCertificate) return `is not the one this context trusts (${code}): another installation answers there, or somebody in between`;
   return `cannot be reached: ${code ?? error.message}`;
 }

@@ -27,7 +27,8 @@ const readyTimeoutMs = 60_000;
 export async function up(cli: Cli, flags: UpFlags): Promise<void> {
   const home = new ForgeHome(cli.env);
   const dataDir = dataDirOf(flags.data, await home.read());
-  if (process.getuid?.() !== 0) throw new ForgeError("UNSUPPORTED", "`forge up` makes network namespaces, cgroups and microVMs: it must run as root");
+  if (process.getuid?.() !== 0)
+    throw new ForgeError("UNSUPPORTED", "`forge up` makes network namespaces, cgroups and microVMs: it must run as root");
   const { data: _data, name: nodeName, ...place } = flags;
   const { json: _json, ...changes } = { ...place, nodeName } as typeof place & { nodeName?: string; json?: boolean };
   const before = await readInstallation(dataDir);
@@ -74,7 +75,12 @@ async function ensureControl(cli: Cli, dataDir: string): Promise<StartedDaemon |
   return started;
 }
 
-async function ensureAgent(cli: Cli, dataDir: string, installation: Installation, api: Connection): Promise<{ node: Node; isNew: boolean }> {
+async function ensureAgent(
+  cli: Cli,
+  dataDir: string,
+  installation: Installation,
+  api: Connection,
+): Promise<{ node: Node; isNew: boolean }> {
   const isRunning = (await findDaemon(dataDir, "agent")) !== undefined;
   const sinceMs = Date.now();
   const started = isRunning ? undefined : await startDaemon(dataDir, "agent");
@@ -82,7 +88,10 @@ async function ensureAgent(cli: Cli, dataDir: string, installation: Installation
   const node = await waitForDaemon({ dataDir, name: "agent", started, timeoutMs: readyTimeoutMs, signal: cli.signal }, async () => {
     const { items } = await api.call("listNodes", {});
     // A node that was there before counts once it was heard of again.
-    return items.find(({ name, state, lastSeenAt }) => name === installation.nodeName && state === "ready" && (isRunning || Date.parse(lastSeenAt) >= sinceMs));
+    return items.find(
+      ({ name, state, lastSeenAt }) =>
+        name === installation.nodeName && state === "ready" && (isRunning || Date.parse(lastSeenAt) >= sinceMs),
+    );
   });
   cli.terminal.progress([]);
   return { node, isNew: started !== undefined };
@@ -115,7 +124,9 @@ function describeRuntime({ terminal }: Cli, dataDir: string, context: Context, n
   const done = started.length === 0 ? "Forge was already up" : `Forge is up (${started.map((name) => `${name} started`).join(", ")})`;
   terminal.print(terminal.paint("bold", done));
   terminal.print(`  API    ${context.apiUrl}`);
-  terminal.print(`  node   ${node.name} in ${node.jurisdiction}/${node.site}/${node.rack}, ${node.vcpus} vCPUs, ${node.memoryMib} MiB, ${node.vmm}${node.emulated ? " (emulated: for development)" : ""}`);
+  terminal.print(
+    `  node   ${node.name} in ${node.jurisdiction}/${node.site}/${node.rack}, ${node.vcpus} vCPUs, ${node.memoryMib} MiB, ${node.vmm}${node.emulated ? " (emulated: for development)" : ""}`,
+  );
   terminal.print(`  data   ${dataDir}`);
   terminal.print(`  logs   ${logPath(dataDir, "control")}, ${logPath(dataDir, "agent")}`);
   terminal.print("");

@@ -34,7 +34,39 @@ services:
   worker: { image: *image }
 `;
 
-const parts = [":", "-", "?", "[", "]", "{", "}", ",", "&a", "*a", "!!str", "|", ">", "#", "'", '"', "\n", "\n  ", "\t", "---", "...", "%YAML 1.1\n---\n", "<<", "\0", "\ufeff", "🦀", "null", "1e9", "services", "__proto__", "constructor"];
+const parts = [
+  ":",
+  "-",
+  "?",
+  "[",
+  "]",
+  "{",
+  "}",
+  ",",
+  "&a",
+  "*a",
+  "!!str",
+  "|",
+  ">",
+  "#",
+  "'",
+  '"',
+  "\n",
+  "\n  ",
+  "\t",
+  "---",
+  "...",
+  "%YAML 1.1\n---\n",
+  "<<",
+  "\0",
+  "\ufeff",
+  "🦀",
+  "null",
+  "1e9",
+  "services",
+  "__proto__",
+  "constructor",
+];
 
 /** Either a manifest, or MANIFEST_INVALID whose every problem has a place in the text. */
 function readOrLocate(text: string): void {
@@ -62,18 +94,41 @@ describe("the manifest parser", { timeout: 60_000 }, () => {
 
   test("takes any sequence of YAML's own marks", () => {
     const soup = fc.array(fc.oneof(fc.constantFrom(...parts), fc.stringMatching(/^[a-z0-9 ]{0,6}$/)), { maxLength: 80 });
-    fc.assert(fc.property(soup, (tokens) => readOrLocate(tokens.join(""))), { numRuns: 2000 });
+    fc.assert(
+      fc.property(soup, (tokens) => readOrLocate(tokens.join(""))),
+      { numRuns: 2000 },
+    );
   });
 
   test("takes any document", () => {
     const document = fc.object({ maxDepth: 5, withNullPrototype: false, withBigInt: false, withDate: false });
-    fc.assert(fc.property(document, (value) => readOrLocate(stringify(value))), { numRuns: 500 });
+    fc.assert(
+      fc.property(document, (value) => readOrLocate(stringify(value))),
+      { numRuns: 500 },
+    );
   });
 
   test("takes a valid manifest whose values are anything", () => {
-    const keys = ["image", "replicas", "vcpus", "memory", "env", "command", "user", "ports", "health", "restart", "stopTimeout", "policy", "zzz"] as const;
+    const keys = [
+      "image",
+      "replicas",
+      "vcpus",
+      "memory",
+      "env",
+      "command",
+      "user",
+      "ports",
+      "health",
+      "restart",
+      "stopTimeout",
+      "policy",
+      "zzz",
+    ] as const;
     const service = fc.dictionary(fc.constantFrom(...keys), fc.jsonValue({ maxDepth: 3 }));
-    fc.assert(fc.property(service, (web) => readOrLocate(stringify({ jurisdiction: "de", services: { web: { image: "./i", ...web } } }))), { numRuns: 500 });
+    fc.assert(
+      fc.property(service, (web) => readOrLocate(stringify({ jurisdiction: "de", services: { web: { image: "./i", ...web } } }))),
+      { numRuns: 500 },
+    );
   });
 
   test("takes every small mutation of a valid manifest", () => {

@@ -89,7 +89,8 @@ describe("a root file system", () => {
     const artifact = await (await RootfsCache.open(join(base, "rootfs"), store)).prepare(await addImage("all", lower, upper));
     expect(artifact).toMatchObject({ hashStartBlock: artifact.dataBlocks, config: { cmd: ["all"] } });
     await mounted(artifact, async (path) => {
-      const names = (await readdir(path, { recursive: true })).sort();
+      // Not readdir's own recursion: that follows links, here out of the image.
+      const names = (await run("find", [path, "-mindepth", "1", "-printf", "%P\\n"])).trim().split("\n").sort();
       expect(names).toEqual(
         [
           ...["becomes-file", "becomes-folder", "becomes-folder/q", "big", "d", "d/b", "dev", "dev/blk", "dev/null", "fifo", "h2", "h3", "h4", "lib", `${"long-".repeat(30)}name`],
@@ -196,7 +197,7 @@ describe("failures", () => {
     await run("mount", ["-t", "tmpfs", "-o", "size=4m", "tmpfs", small]);
     try {
       const cache = await RootfsCache.open(small, store);
-      for (const [name, sizeBytes] of [["layer", 5_000_000], ["unpack", 2_500_000], ["format", 1_500_000]] as const) {
+      for (const [name, sizeBytes] of [["layer", 5_000_000], ["unpack", 2_500_000]] as const) {
         const digest = await addImage(name, [file("content", "x".repeat(sizeBytes))]);
         await expect(cache.prepare(digest), name).rejects.toMatchObject({ code: "DISK_FULL" });
         expect(await readdir(small)).toEqual([".lock"]);

@@ -59,6 +59,7 @@ async function settle(tree: ImageTree, rootfs: string): Promise<void> {
   const pending: { path: string; name: string; inode: Inode }[] = [{ path: rootfs, name: ".", inode: tree.root }];
   for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
     settleInode(next.path, next.name, next.inode, seen);
+    if ((next.inode.metadata?.xattrs.size ?? 0) > 1) await sortAttributes(next.path);
     if (next.inode.type !== "directory") continue;
     const names = readdirSync(next.path);
     if (names.length !== next.inode.children.size) throw refused(next.name, "the archive unpacks to other entries than it was checked for");
@@ -86,6 +87,14 @@ function settleInode(path: string, name: string, inode: Inode, seen: Map<Inode, 
     const seconds = Math.min(Math.max(Math.floor(metadata?.mtimeSeconds ?? 0), 0), imageLimits.identifier);
     lutimesSync(path, seconds, seconds);
   }
+}
+
+/** umoci sets a file's attributes in random order (a Go map), and mkfs.erofs keeps the order it finds. */
+async function sortAttributes(path: string): Promise<void> {
+  const dump = await run("getfattr", ["--no-dereference", "--absolute-names", "--dump", "--match=-", "--encoding=hex", "--", path]);
+  const attributes = [...dump.matchAll(/^((?:user|security|trusted|system)\.[^=\n]+)=(0x[0-9a-f]*)$/gm)].map((match) => ({ name: match[1] ?? "", value: match[2] ?? "" }));
+  for (const { name } of attributes) await run("setfattr", ["--no-dereference", "--remove", name, "--", path]);
+  for (const { name, value } of attributes.sort((a, b) => (a.name < b.name ? -1 : 1))) await run("setfattr", ["--no-dereference", "--name", name, "--value", value, "--", path]);
 }
 
 function isOfType(stats: Stats, inode: Inode, path: string): boolean {

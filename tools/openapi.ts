@@ -34,7 +34,12 @@ function openApi(): Json {
   }
   return {
     openapi: "3.1.0",
-    info: { title: "Forge", version: packageJson.version, description: packageJson.description, license: { name: "Apache-2.0", identifier: "Apache-2.0" } },
+    info: {
+      title: "Forge",
+      version: packageJson.version,
+      description: packageJson.description,
+      license: { name: "Apache-2.0", identifier: "Apache-2.0" },
+    },
     servers: [{ url: "https://127.0.0.1:7443" }],
     security: [{ token: [] }],
     paths,
@@ -56,7 +61,10 @@ function operation(name: string, route: Route): Json {
     ...requestBody(route),
     responses: {
       ...success(route),
-      default: { description: "What went wrong, and what to do about it.", content: { "application/json": { schema: { $ref: "#/components/schemas/Error" } } } },
+      default: {
+        description: "What went wrong, and what to do about it.",
+        content: { "application/json": { schema: { $ref: "#/components/schemas/Error" } } },
+      },
     },
   };
 }
@@ -68,7 +76,8 @@ function parameters(place: "path" | "query", schema: z.ZodObject | undefined): J
 }
 
 function requestBody(route: Route): Json {
-  if (route.stream === "upload") return { requestBody: { required: true, content: { "application/octet-stream": { schema: { type: "string", format: "binary" } } } } };
+  if (route.stream === "upload")
+    return { requestBody: { required: true, content: { "application/octet-stream": { schema: { type: "string", format: "binary" } } } } };
   if (route.body === undefined) return {};
   return { requestBody: { required: true, content: { "application/json": { schema: inputOf(route.body) } } } };
 }
@@ -76,12 +85,19 @@ function requestBody(route: Route): Json {
 function success(route: Route): Json {
   if (route.stream === "websocket") return { "101": { description: "A WebSocket of binary frames: one byte of type, then the payload." } };
   const type = route.stream === "ndjson" ? "application/x-ndjson" : "application/json";
-  const description = route.stream === "ndjson" ? "A stream of lines, each one such object; a failure in the middle is a last line with the member error." : "Done.";
+  const description =
+    route.stream === "ndjson"
+      ? "A stream of lines, each one such object; a failure in the middle is a last line with the member error."
+      : "Done.";
   return { "200": { description, content: { [type]: { schema: outputOf(route.response) } } } };
 }
 
 function manifestJsonSchema(): Json {
-  return { ...z.toJSONSchema(manifestSchema, { io: "input" }), title: "forge.yaml", description: "What Forge is to run: services and how they may talk." };
+  return {
+    ...z.toJSONSchema(manifestSchema, { io: "input" }),
+    title: "forge.yaml",
+    description: "What Forge is to run: services and how they may talk.",
+  };
 }
 
 function inputOf(schema: z.ZodType): Json {

@@ -1,5 +1,14 @@
 import { sql } from "kysely";
-import { type AuditEvent, type ChainEntry, type ChainReport, type Head, linkEntry, newEvent, type Signer, verifyChain } from "../audit/index.ts";
+import {
+  type AuditEvent,
+  type ChainEntry,
+  type ChainReport,
+  type Head,
+  linkEntry,
+  newEvent,
+  type Signer,
+  verifyChain,
+} from "../audit/index.ts";
 import type { Event } from "../api/resources.ts";
 import { ForgeError } from "../base/errors.ts";
 import type { Control } from "./context.ts";
@@ -16,7 +25,12 @@ export type Fact = Omit<AuditEvent, "id" | "time">;
 /** Appends within the caller's transaction. Nothing is changed when this fails: AUDIT_UNAVAILABLE. */
 export async function appendEvents(trx: Trx, signer: Signer, facts: readonly Fact[]): Promise<void> {
   try {
-    const head = await trx.selectFrom("log_head").select(["sequence", "hash", "time"]).where("id", "=", 1).forUpdate().executeTakeFirstOrThrow();
+    const head = await trx
+      .selectFrom("log_head")
+      .select(["sequence", "hash", "time"])
+      .where("id", "=", 1)
+      .forUpdate()
+      .executeTakeFirstOrThrow();
     const time = new Date(Math.max(Date.now(), head.time.getTime())); // time never runs backwards within the log
     const entries: ChainEntry[] = [];
     const events = facts.map((fact) => newEvent(fact, time));
@@ -68,10 +82,16 @@ export async function verifyLog(db: Database, publicKeyPem: string): Promise<Cha
 }
 
 async function* readChain(db: Database, head: Head): AsyncGenerator<ChainEntry> {
-  for (let after = 0; ; ) {
+  for (let after = 0; ;) {
     const page = await query(
-      db.selectFrom("log_entries").select(["sequence", "previous", "event", "hash", "signature"]).where("sequence", ">", after)
-        .where("sequence", "<=", head.sequence).orderBy("sequence").limit(1000).execute(),
+      db
+        .selectFrom("log_entries")
+        .select(["sequence", "previous", "event", "hash", "signature"])
+        .where("sequence", ">", after)
+        .where("sequence", "<=", head.sequence)
+        .orderBy("sequence")
+        .limit(1000)
+        .execute(),
     );
     yield* page;
     const last = page.at(-1);
@@ -84,7 +104,10 @@ async function selectEvents(db: Database, wanted: EventQuery): Promise<Event[]> 
   let select = db.selectFrom("log_entries").select(["sequence", "event", "hash"]).where("sequence", ">", wanted.after);
   select = wanted.tenantId === null ? select.where("tenant_id", "is", null) : select.where("tenant_id", "=", wanted.tenantId);
   if (wanted.service !== undefined) select = select.where("service", "=", wanted.service);
-  const rows = await select.orderBy("sequence", wanted.newest ? "desc" : "asc").limit(wanted.limit).execute();
+  const rows = await select
+    .orderBy("sequence", wanted.newest ? "desc" : "asc")
+    .limit(wanted.limit)
+    .execute();
   return (wanted.newest ? rows.toReversed() : rows).map(({ sequence, event, hash }) => {
     const { id: _, ...fact } = JSON.parse(event) as AuditEvent;
     return { sequence, ...fact, hash };

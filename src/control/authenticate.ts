@@ -60,15 +60,32 @@ export class Authenticator {
   async #findCaller(id: string, secret: string): Promise<Caller | "unknown token" | "expired token"> {
     const row = await query(
       this.#control.db
-        .selectFrom("tokens as token").leftJoin("tenants as tenant", "tenant.id", "token.tenant_id")
-        .select(["token.id", "token.name", "token.role", "token.tenant_id", "token.secret_hash", "token.last_used_at", "tenant.name as tenant_name"])
+        .selectFrom("tokens as token")
+        .leftJoin("tenants as tenant", "tenant.id", "token.tenant_id")
+        .select([
+          "token.id",
+          "token.name",
+          "token.role",
+          "token.tenant_id",
+          "token.secret_hash",
+          "token.last_used_at",
+          "tenant.name as tenant_name",
+        ])
         .select(sql<boolean>`coalesce(token.expires_at <= now(), false)`.as("expired"))
-        .where("token.id", "=", id).executeTakeFirst(),
+        .where("token.id", "=", id)
+        .executeTakeFirst(),
     );
     if (row === undefined || !timingSafeEqual(hashSecret(secret), row.secret_hash)) return "unknown token";
     if (row.expired) return "expired token";
     if (Date.now() - (row.last_used_at?.getTime() ?? 0) > 60_000) await this.#noteUse(id);
-    return { tokenId: row.id, tokenName: row.name, role: row.role, tenantId: row.tenant_id, tenantName: row.tenant_name, actor: `token/${row.name}` };
+    return {
+      tokenId: row.id,
+      tokenName: row.name,
+      role: row.role,
+      tenantId: row.tenant_id,
+      tenantName: row.tenant_name,
+      actor: `token/${row.name}`,
+    };
   }
 
   async #noteUse(id: string): Promise<void> {
@@ -87,7 +104,8 @@ export class Authenticator {
     const records = count <= recordedFailures ? [{ reason, route, address }] : [];
     if (earlier > 0) records.unshift({ reason: `${earlier} more refusals in an earlier minute`, route: "any", address: "any" });
     if (records.length > 0) await this.#record(records);
-    if (count > allowedFailures) throw new ForgeError("TOO_MANY_ATTEMPTS", `${count} requests with invalid tokens came from ${address} within a minute`);
+    if (count > allowedFailures)
+      throw new ForgeError("TOO_MANY_ATTEMPTS", `${count} requests with invalid tokens came from ${address} within a minute`);
   }
 
   /** Forgets the counts when a minute is over; returns how many failures the log has not told of. */
@@ -100,7 +118,14 @@ export class Authenticator {
   }
 
   async #record(records: readonly { reason: string; route: string; address: string }[]): Promise<void> {
-    const facts = records.map((details) => ({ tenant: null, kind: "auth.denied" as const, actor: "anonymous", outcome: "denied" as const, subject: `address/${details.address}`, details }));
+    const facts = records.map((details) => ({
+      tenant: null,
+      kind: "auth.denied" as const,
+      actor: "anonymous",
+      outcome: "denied" as const,
+      subject: `address/${details.address}`,
+      details,
+    }));
     await transact(this.#control.db, (trx) => appendEvents(trx, this.#control.signer, facts));
   }
 }

@@ -34,14 +34,16 @@ export async function bootstrap(folder: string, db: Database, options: { region:
   const authority = await openAuthority(keys, options.region, known !== undefined);
   await writeDurable(join(folder, "ca.pem"), authority.certificatePem, 0o644);
   if (known === undefined) return { authority, signer, installation: await create(folder, db, signer, options.region) };
-  if (known.audit_public_key_pem !== signer.publicKeyPem) throw new ForgeError("UNSUPPORTED", `the audit key in ${keys} is not the one this database's log is signed with`);
+  if (known.audit_public_key_pem !== signer.publicKeyPem)
+    throw new ForgeError("UNSUPPORTED", `the audit key in ${keys} is not the one this database's log is signed with`);
   return { authority, signer, installation: { region: known.region, prefix: known.prefix } };
 }
 
 /** The CA's certificate is public; its key is not. The certificate is written last: with it, the pair is complete. */
 async function openAuthority(keys: string, region: string, mustExist: boolean): Promise<Authority> {
   const [certificate, key] = await Promise.all([readIfExists(join(keys, "ca.pem")), readIfExists(join(keys, "ca-key.pem"))]);
-  if (certificate !== undefined && key !== undefined) return loadAuthority({ certificatePem: certificate.toString(), privateKeyPem: key.toString() });
+  if (certificate !== undefined && key !== undefined)
+    return loadAuthority({ certificatePem: certificate.toString(), privateKeyPem: key.toString() });
   if (mustExist) throw new ForgeError("UNSUPPORTED", `the region's certificate authority is not in ${keys}: restore it`);
   const authority = await createAuthority({ trustDomain: `${region}.forge` });
   await writeDurable(join(keys, "ca-key.pem"), authority.privateKeyPem);
@@ -58,7 +60,10 @@ async function create(folder: string, db: Database, signer: Signer, region: stri
   await writeDurable(join(bootstrapFolder, "join-token"), `${join_.text}\n`);
   const installation = { region, prefix: newInstallationPrefix() };
   await transact(db, async (trx) => {
-    await trx.insertInto("installation").values({ id: 1, ...installation, audit_public_key_pem: signer.publicKeyPem }).execute();
+    await trx
+      .insertInto("installation")
+      .values({ id: 1, ...installation, audit_public_key_pem: signer.publicKeyPem })
+      .execute();
     const tenantId = await createTenant(trx, signer, "default");
     await trx
       .insertInto("tokens")
@@ -67,8 +72,14 @@ async function create(folder: string, db: Database, signer: Signer, region: stri
         { id: operator.id, tenant_id: null, name: "operator", role: "operator", secret_hash: operator.secretHash },
       ])
       .execute();
-    await trx.insertInto("join_tokens").values({ secret_hash: join_.secretHash, expires_at: new Date(Date.now() + joinTokenDays * 86_400_000) }).execute();
-    await appendEvents(trx, signer, [tokenFact(tenantId, "bootstrap", owner.id, "owner"), tokenFact(null, "operator", operator.id, "operator")]);
+    await trx
+      .insertInto("join_tokens")
+      .values({ secret_hash: join_.secretHash, expires_at: new Date(Date.now() + joinTokenDays * 86_400_000) })
+      .execute();
+    await appendEvents(trx, signer, [
+      tokenFact(tenantId, "bootstrap", owner.id, "owner"),
+      tokenFact(null, "operator", operator.id, "operator"),
+    ]);
   });
   return installation;
 }
@@ -76,9 +87,17 @@ async function create(folder: string, db: Database, signer: Signer, region: stri
 /** A tenant with the next free network of the installation. */
 export async function createTenant(trx: Trx, signer: Signer, name: string): Promise<string> {
   const id = newId("ten");
-  const { used } = await trx.selectFrom("tenants").select((on) => on.fn.max("network").as("used")).executeTakeFirstOrThrow();
-  await trx.insertInto("tenants").values({ id, name, network: (used ?? 0) + 1 }).execute();
-  await appendEvents(trx, signer, [{ tenant: id, kind: "tenant.created", actor: "platform", outcome: "success", subject: `tenant/${name}`, details: { name } }]);
+  const { used } = await trx
+    .selectFrom("tenants")
+    .select((on) => on.fn.max("network").as("used"))
+    .executeTakeFirstOrThrow();
+  await trx
+    .insertInto("tenants")
+    .values({ id, name, network: (used ?? 0) + 1 })
+    .execute();
+  await appendEvents(trx, signer, [
+    { tenant: id, kind: "tenant.created", actor: "platform", outcome: "success", subject: `tenant/${name}`, details: { name } },
+  ]);
   return id;
 }
 
@@ -91,5 +110,12 @@ export function stoppedFact(): Fact {
 }
 
 function tokenFact(tenant: string | null, name: string, id: string, role: string): Fact {
-  return { tenant, kind: "token.created", actor: "platform", outcome: "success", subject: `token/${name}`, details: { id, role, expiresAt: null } };
+  return {
+    tenant,
+    kind: "token.created",
+    actor: "platform",
+    outcome: "success",
+    subject: `token/${name}`,
+    details: { id, role, expiresAt: null },
+  };
 }

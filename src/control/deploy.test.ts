@@ -51,7 +51,9 @@ async function kinds(): Promise<string[]> {
 
 describe("apply", () => {
   test("gives a node what it needs to run the cell, and ends with the service ready", async () => {
-    const { plan } = await client.call("applyService", { body: plane.apply("web", image, { env: { A: "1" }, ports: [{ name: "http", port: 80, publish: 8080 }] }) });
+    const { plan } = await client.call("applyService", {
+      body: plane.apply("web", image, { env: { A: "1" }, ports: [{ name: "http", port: 80, publish: 8080 }] }),
+    });
     expect(plan).toMatchObject({ action: "create", service: "web", revision: 1 });
     const state = await node.desiredWhen(({ cells }) => cells.length === 1);
     const [cell] = state.cells;
@@ -60,31 +62,55 @@ describe("apply", () => {
     expect(cell?.image.signatures).toHaveLength(1);
     expect(cell?.image.trustedKeysPem).toHaveLength(1);
     expect(cell?.address).toMatch(/^fd/);
-    await node.link.report([cellReport(cell?.id ?? "", "running", 1, { phases: { prepareMs: 5 }, published: [{ name: "http", address: "127.0.0.1", port: 8080 }] })], true);
-    const service = await eventually(() => get("web"), ({ readyCells }) => readyCells === 1);
+    await node.link.report(
+      [
+        cellReport(cell?.id ?? "", "running", 1, {
+          phases: { prepareMs: 5 },
+          published: [{ name: "http", address: "127.0.0.1", port: 8080 }],
+        }),
+      ],
+      true,
+    );
+    const service = await eventually(
+      () => get("web"),
+      ({ readyCells }) => readyCells === 1,
+    );
     expect(service.cells[0]).toMatchObject({ state: "running", nodeName: "node-1", phases: { prepareMs: 5 }, published: [{ port: 8080 }] });
-    await eventually(() => plane.control.db.selectFrom("jobs").selectAll().execute(), (jobs) => jobs.length === 0);
+    await eventually(
+      () => plane.control.db.selectFrom("jobs").selectAll().execute(),
+      (jobs) => jobs.length === 0,
+    );
     expect(await kinds()).toEqual(expect.arrayContaining(["service.applied", "cell.placed", "cell.assigned"]));
     expect(await client.call("verifyAudit", {})).toMatchObject({ ok: true, firstBad: null });
   });
 
   test("dry run changes nothing and says what would change", async () => {
     await client.call("applyService", { body: plane.apply("web", image, { env: { SECRET: "hush" } }) });
-    const { plan } = await client.call("applyService", { body: plane.apply("web", image, { memory: "128MiB", env: { SECRET: "new" } }, { dryRun: true }) });
+    const { plan } = await client.call("applyService", {
+      body: plane.apply("web", image, { memory: "128MiB", env: { SECRET: "new" } }, { dryRun: true }),
+    });
     expect(plan).toMatchObject({ action: "update", revision: 2 });
     expect(plan.changes).toEqual(expect.arrayContaining(["memory: 64MiB -> 128MiB", "env: SECRET changed"]));
     expect(JSON.stringify(plan)).not.toContain("hush");
     expect((await get("web")).revision).toBe(1);
-    expect((await client.call("applyService", { body: plane.apply("web", image, { env: { SECRET: "hush" } }) })).plan.action).toBe("unchanged");
+    expect((await client.call("applyService", { body: plane.apply("web", image, { env: { SECRET: "hush" } }) })).plan.action).toBe(
+      "unchanged",
+    );
   });
 
   test("a new revision starts its cells first and then retires the old", async () => {
     const stop = new AbortController();
     const obeying = node.obey(stop.signal);
     await client.call("applyService", { body: plane.apply("web", image, { replicas: 2 }) });
-    const first = await eventually(() => get("web"), ({ readyCells }) => readyCells === 2);
+    const first = await eventually(
+      () => get("web"),
+      ({ readyCells }) => readyCells === 2,
+    );
     await client.call("applyService", { body: plane.apply("web", image, { replicas: 2, memory: "128MiB" }) });
-    const second = await eventually(() => get("web"), ({ readyCells, cells }) => readyCells === 2 && cells.every((cell) => cell.revision === 2));
+    const second = await eventually(
+      () => get("web"),
+      ({ readyCells, cells }) => readyCells === 2 && cells.every((cell) => cell.revision === 2),
+    );
     expect(second.cells).toHaveLength(2);
     expect(new Set([...first.cells, ...second.cells].map((cell) => cell.address)).size).toBe(4);
     expect((await client.call("listNodes", {})).items[0]).toMatchObject({ memoryFreeMib: 1024 - 256, cells: 2 });
@@ -96,11 +122,25 @@ describe("apply", () => {
     const stop = new AbortController();
     const obeying = node.obey(stop.signal);
     await client.call("applyService", { body: plane.apply("web", image) });
-    const [survivor] = (await eventually(() => get("web"), ({ readyCells }) => readyCells === 1)).cells;
-    expect((await client.call("applyService", { body: plane.apply("web", image, { replicas: 3 }) })).plan).toMatchObject({ revision: 1, changes: ["replicas: 1 -> 3"] });
-    await eventually(() => get("web"), ({ readyCells }) => readyCells === 3);
+    const [survivor] = (
+      await eventually(
+        () => get("web"),
+        ({ readyCells }) => readyCells === 1,
+      )
+    ).cells;
+    expect((await client.call("applyService", { body: plane.apply("web", image, { replicas: 3 }) })).plan).toMatchObject({
+      revision: 1,
+      changes: ["replicas: 1 -> 3"],
+    });
+    await eventually(
+      () => get("web"),
+      ({ readyCells }) => readyCells === 3,
+    );
     await client.call("applyService", { body: plane.apply("web", image, { replicas: 1 }) });
-    const service = await eventually(() => get("web"), ({ cells }) => cells.length === 1);
+    const service = await eventually(
+      () => get("web"),
+      ({ cells }) => cells.length === 1,
+    );
     expect(service.cells[0]?.id).toBe(survivor?.id);
     stop.abort();
     await obeying;
@@ -110,15 +150,31 @@ describe("apply", () => {
     const stop = new AbortController();
     const obeying = node.obey(stop.signal);
     await client.call("applyService", { body: plane.apply("web", image) });
-    await eventually(() => get("web"), ({ readyCells }) => readyCells === 1);
+    await eventually(
+      () => get("web"),
+      ({ readyCells }) => readyCells === 1,
+    );
     await client.call("stopService", { params: { name: "web" } });
-    expect((await eventually(() => get("web"), ({ cells }) => cells[0]?.state === "stopped")).desired).toBe("stopped");
+    expect(
+      (
+        await eventually(
+          () => get("web"),
+          ({ cells }) => cells[0]?.state === "stopped",
+        )
+      ).desired,
+    ).toBe("stopped");
     expect((await client.call("listNodes", {})).items[0]).toMatchObject({ memoryFreeMib: 1024 });
     await client.call("startService", { params: { name: "web" } });
-    await eventually(() => get("web"), ({ readyCells, cells }) => readyCells === 1 && cells.length === 1);
+    await eventually(
+      () => get("web"),
+      ({ readyCells, cells }) => readyCells === 1 && cells.length === 1,
+    );
     await client.call("removeService", { params: { name: "web" } });
     expect(await failureOf(get("web"))).toBe("NOT_FOUND");
-    await eventually(() => client.call("listCells", {}), ({ items }) => items.length === 0);
+    await eventually(
+      () => client.call("listCells", {}),
+      ({ items }) => items.length === 0,
+    );
     expect(await plane.control.db.selectFrom("cells").selectAll().execute()).toHaveLength(0);
     stop.abort();
     await obeying;
@@ -128,8 +184,13 @@ describe("apply", () => {
 describe("refusals", () => {
   test("no room, in words, at once", async () => {
     const call = client.call("applyService", { body: plane.apply("big", image, { memory: "2GiB" }) });
-    await expect(call).rejects.toMatchObject({ status: 507, body: { code: "NO_ROOM", message: expect.stringContaining("2048 MiB") as string } });
-    await expect(client.call("applyService", { body: plane.apply("far", image, {}, { jurisdiction: "fr" }) })).rejects.toMatchObject({ body: { code: "NO_ROOM" } });
+    await expect(call).rejects.toMatchObject({
+      status: 507,
+      body: { code: "NO_ROOM", message: expect.stringContaining("2048 MiB") as string },
+    });
+    await expect(client.call("applyService", { body: plane.apply("far", image, {}, { jurisdiction: "fr" }) })).rejects.toMatchObject({
+      body: { code: "NO_ROOM" },
+    });
     expect(await failureOf(get("big"))).toBe("NOT_FOUND");
     expect(await kinds()).toContain("service.refused");
   });
@@ -163,7 +224,10 @@ describe("a cell that fails", () => {
     const [cell] = (await node.desiredWhen(({ cells }) => cells.length === 1)).cells;
     await node.link.report([cellReport(cell?.id ?? "", "failed", 1, { reason: "exit status 1", exitStatus: 1 })], true);
     await node.desiredWhen(({ cells }) => cells[0]?.desired === "stopped");
-    const service = await eventually(() => get("web"), ({ cells }) => cells[0]?.state === "failed");
+    const service = await eventually(
+      () => get("web"),
+      ({ cells }) => cells[0]?.state === "failed",
+    );
     expect(service.cells[0]?.reason).toBe("exit status 1");
     expect(await kinds()).toContain("cell.failed");
     expect((await client.call("listNodes", {})).items[0]).toMatchObject({ memoryFreeMib: 1024 });

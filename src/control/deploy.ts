@@ -40,7 +40,13 @@ export const deploySteps: readonly Step[] = [
 
 /** Reserves room on a node. Where cells that are stopping will make the room, it waits for them. */
 async function place({ trx, control, cell }: StepContext): Promise<"done" | "wait"> {
-  const need = { jurisdiction: cell.jurisdiction, memoryMib: cell.memory_mib, vcpus: cell.vcpus, publish: cell.publish, serviceId: cell.service_id ?? cell.id };
+  const need = {
+    jurisdiction: cell.jurisdiction,
+    memoryMib: cell.memory_mib,
+    vcpus: cell.vcpus,
+    publish: cell.publish,
+    serviceId: cell.service_id ?? cell.id,
+  };
   let room;
   try {
     room = pickRoom(await readRooms(trx, { leaving: "count", lock: true }), need);
@@ -56,7 +62,8 @@ async function place({ trx, control, cell }: StepContext): Promise<"done" | "wai
 
 /** The node never heard of it: the room is free at once. A cell that was handed over keeps it until its node reports the end. */
 async function giveBackRoom({ trx, cell }: StepContext): Promise<void> {
-  if (cell.desired === "pending") await trx.updateTable("cells").set({ node_id: null, holds_room: false }).where("id", "=", cell.id).execute();
+  if (cell.desired === "pending")
+    await trx.updateTable("cells").set({ node_id: null, holds_room: false }).where("id", "=", cell.id).execute();
 }
 
 /** Draws the cell's address, which is its own for as long as it exists, on whichever node. */
@@ -71,7 +78,11 @@ async function giveAddress({ trx, control, cell }: StepContext): Promise<"done">
 async function assign({ trx, control, cell }: StepContext): Promise<"done"> {
   const nodeId = cell.node_id ?? "";
   await trx.updateTable("cells").set({ desired: "running", state: "assigned" }).where("id", "=", cell.id).execute();
-  await trx.insertInto("node_tenants").values({ node_id: nodeId, tenant_id: cell.tenant_id }).onConflict((on) => on.doNothing()).execute();
+  await trx
+    .insertInto("node_tenants")
+    .values({ node_id: nodeId, tenant_id: cell.tenant_id })
+    .onConflict((on) => on.doNothing())
+    .execute();
   await changeNodes(trx, [nodeId]);
   await record(control, trx, cell, "cell.assigned", { revision: cell.revision, address: cell.address });
   return "done";
@@ -86,13 +97,19 @@ async function stopOnNode({ trx, cell }: StepContext): Promise<void> {
 /** Ready is what the node reports. A program that ended well, and may, was ready too. */
 async function awaitReady({ cell }: StepContext): Promise<"done" | "wait"> {
   if (cell.state === "running" || (cell.state === "stopped" && cell.exit_status === 0)) return "done";
-  if (cell.state === "failed" || cell.state === "stopped") throw new ForgeError("CELL_FAILED", cell.reason ?? "the cell ended before it was ready");
+  if (cell.state === "failed" || cell.state === "stopped")
+    throw new ForgeError("CELL_FAILED", cell.reason ?? "the cell ended before it was ready");
   return "wait";
 }
 
 /** Fetching and preparing the image, booting, and the grace the manifest gives the program. */
 async function readyPatienceMs({ trx, cell }: StepContext): Promise<number> {
-  const row = await trx.selectFrom("revisions").select("spec").where("service_id", "=", cell.service_id).where("revision", "=", cell.revision).executeTakeFirst();
+  const row = await trx
+    .selectFrom("revisions")
+    .select("spec")
+    .where("service_id", "=", cell.service_id)
+    .where("revision", "=", cell.revision)
+    .executeTakeFirst();
   const spec = row?.spec as ServiceSpec | undefined;
   return 240_000 + durationMs(spec?.health?.grace ?? "60s");
 }
@@ -102,12 +119,21 @@ async function retireOlderRevisions({ trx, control, cell }: StepContext): Promis
   if (cell.service_id === null) return "done";
   await sql`select pg_advisory_xact_lock(hashtextextended(${cell.service_id}, 0))`.execute(trx); // two last ones must not each see the other
   const unfinished = await trx
-    .selectFrom("cells").leftJoin("jobs", "jobs.cell_id", "cells.id").select("cells.id")
-    .where("cells.service_id", "=", cell.service_id).where("cells.revision", "=", cell.revision).where("cells.id", "!=", cell.id)
+    .selectFrom("cells")
+    .leftJoin("jobs", "jobs.cell_id", "cells.id")
+    .select("cells.id")
+    .where("cells.service_id", "=", cell.service_id)
+    .where("cells.revision", "=", cell.revision)
+    .where("cells.id", "!=", cell.id)
     .where((on) => on.or([on("jobs.id", "is not", null), on.and([on("cells.state", "=", "failed"), on("cells.desired", "!=", "removed")])]))
-    .limit(1).executeTakeFirst();
+    .limit(1)
+    .executeTakeFirst();
   if (unfinished !== undefined) return "done";
-  await removeCells(trx, control, await trx.selectFrom("cells").select("id").where("service_id", "=", cell.service_id).where("revision", "<", cell.revision).execute());
+  await removeCells(
+    trx,
+    control,
+    await trx.selectFrom("cells").select("id").where("service_id", "=", cell.service_id).where("revision", "<", cell.revision).execute(),
+  );
   return "done";
 }
 
@@ -119,38 +145,91 @@ export async function removeCells(trx: Trx, control: Control, cells: readonly { 
   if (cells.length === 0) return;
   const ids = cells.map((cell) => cell.id);
   const rows = await trx
-    .updateTable("cells").set({ desired: "removed", state: sql`case when state in ('stopped', 'failed') then state else 'stopping' end` })
-    .where("id", "in", ids).where("desired", "in", ["running", "stopped"]).returning("node_id").execute();
+    .updateTable("cells")
+    .set({ desired: "removed", state: sql`case when state in ('stopped', 'failed') then state else 'stopping' end` })
+    .where("id", "in", ids)
+    .where("desired", "in", ["running", "stopped"])
+    .returning("node_id")
+    .execute();
   const forgotten = await trx.deleteFrom("cells").where("id", "in", ids).where("desired", "=", "pending").returningAll().execute();
   await trx.deleteFrom("jobs").where("cell_id", "in", ids).execute();
-  await changeNodes(trx, rows.map((row) => row.node_id ?? ""));
-  if (forgotten.length > 0) await appendEvents(trx, control.signer, forgotten.map((cell) => cellFact(cell, "cell.removed", {})));
+  await changeNodes(
+    trx,
+    rows.map((row) => row.node_id ?? ""),
+  );
+  if (forgotten.length > 0)
+    await appendEvents(
+      trx,
+      control.signer,
+      forgotten.map((cell) => cellFact(cell, "cell.removed", {})),
+    );
 }
 
 /** Asks the nodes to stop the cells and keep their logs. */
 export async function stopCells(trx: Trx, control: Control, serviceId: string): Promise<void> {
-  await removeCells(trx, control, await trx.selectFrom("cells").select("id").where("service_id", "=", serviceId).where("desired", "=", "pending").execute());
+  await removeCells(
+    trx,
+    control,
+    await trx.selectFrom("cells").select("id").where("service_id", "=", serviceId).where("desired", "=", "pending").execute(),
+  );
   const rows = await trx
-    .updateTable("cells").set({ desired: "stopped", state: sql`case when state in ('stopped', 'failed') then state else 'stopping' end` })
-    .where("service_id", "=", serviceId).where("desired", "=", "running").returning(["id", "node_id"]).execute();
-  if (rows.length > 0) await trx.deleteFrom("jobs").where("cell_id", "in", rows.map((row) => row.id)).execute();
-  await changeNodes(trx, rows.map((row) => row.node_id ?? ""));
+    .updateTable("cells")
+    .set({ desired: "stopped", state: sql`case when state in ('stopped', 'failed') then state else 'stopping' end` })
+    .where("service_id", "=", serviceId)
+    .where("desired", "=", "running")
+    .returning(["id", "node_id"])
+    .execute();
+  if (rows.length > 0)
+    await trx
+      .deleteFrom("jobs")
+      .where(
+        "cell_id",
+        "in",
+        rows.map((row) => row.id),
+      )
+      .execute();
+  await changeNodes(
+    trx,
+    rows.map((row) => row.node_id ?? ""),
+  );
 }
 
 /** A new generation for these nodes. The row lock makes generations visible in their order. */
 export async function changeNodes(trx: Trx, nodeIds: readonly string[]): Promise<void> {
   const ids = [...new Set(nodeIds)].filter((id) => id !== "").toSorted();
   if (ids.length === 0) return;
-  await trx.updateTable("nodes").set((on) => ({ generation: on("generation", "+", 1) })).where("id", "in", ids).execute();
+  await trx
+    .updateTable("nodes")
+    .set((on) => ({ generation: on("generation", "+", 1) }))
+    .where("id", "in", ids)
+    .execute();
   await notify(trx, ...ids.map((id) => `node:${id}`));
 }
 
 /** An event about a cell, by the platform. */
-export function cellFact(cell: { id: string; tenant_id: string; service_name: string }, kind: Fact["kind"], details: Fact["details"], outcome: Fact["outcome"] = "success"): Fact {
-  return { tenant: cell.tenant_id, kind, actor: "platform", outcome, subject: `cell/${cell.id}`, details: { service: cell.service_name, ...details } };
+export function cellFact(
+  cell: { id: string; tenant_id: string; service_name: string },
+  kind: Fact["kind"],
+  details: Fact["details"],
+  outcome: Fact["outcome"] = "success",
+): Fact {
+  return {
+    tenant: cell.tenant_id,
+    kind,
+    actor: "platform",
+    outcome,
+    subject: `cell/${cell.id}`,
+    details: { service: cell.service_name, ...details },
+  };
 }
 
-async function record(control: Control, trx: Trx, cell: Selectable<CellTable>, kind: Fact["kind"], details: Fact["details"]): Promise<void> {
+async function record(
+  control: Control,
+  trx: Trx,
+  cell: Selectable<CellTable>,
+  kind: Fact["kind"],
+  details: Fact["details"],
+): Promise<void> {
   await appendEvents(trx, control.signer, [cellFact(cell, kind, details)]);
 }
 

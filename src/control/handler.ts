@@ -4,7 +4,9 @@ import { ForgeError } from "../base/errors.ts";
 import type { Caller } from "./authenticate.ts";
 import type { Control } from "./context.ts";
 
-type Shape<N extends RouteName, K extends "params" | "query" | "body"> = (typeof routes)[N] extends { [P in K]: infer S extends z.ZodType } ? z.output<S> : undefined;
+type Shape<N extends RouteName, K extends "params" | "query" | "body"> = (typeof routes)[N] extends { [P in K]: infer S extends z.ZodType }
+  ? z.output<S>
+  : undefined;
 
 /** A request as a handler sees it: the caller's role allows it, and every part has the shape the route says. */
 export interface Request<N extends RouteName> {
@@ -24,7 +26,9 @@ type Result<N extends RouteName> = (typeof routes)[N] extends { stream: "ndjson"
 export type Handler<N extends RouteName> = (request: Request<N>) => Promise<Result<N>>;
 
 /** Any handler, as the server calls it once it checked all parts against the route. */
-export type AnyHandler = (request: Omit<Request<RouteName>, "params" | "query" | "body"> & Record<"params" | "query" | "body", unknown>) => Promise<unknown>;
+export type AnyHandler = (
+  request: Omit<Request<RouteName>, "params" | "query" | "body"> & Record<"params" | "query" | "body", unknown>,
+) => Promise<unknown>;
 
 export function isAllowed(route: Route, caller: Caller): boolean {
   return route.allow === "public" || route.allow.includes(caller.role);

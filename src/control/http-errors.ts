@@ -8,7 +8,10 @@ import { databaseError } from "./db/database.ts";
 export function errorFromFastify(thrown: unknown): ForgeError {
   if (thrown instanceof ForgeError) return thrown;
   if (hasZodFastifySchemaValidationErrors(thrown)) {
-    const issues = thrown.validation.map(({ instancePath, message }) => ({ path: instancePath.split("/").filter((part) => part !== ""), message: message ?? "is not valid" }));
+    const issues = thrown.validation.map(({ instancePath, message }) => ({
+      path: instancePath.split("/").filter((part) => part !== ""),
+      message: message ?? "is not valid",
+    }));
     return requestError(thrown.validationContext ?? "request", issues);
   }
   const code = errnoOf(thrown) ?? "";
@@ -17,7 +20,8 @@ export function errorFromFastify(thrown: unknown): ForgeError {
   if (typeof status === "number" && status >= 400 && status < 500) {
     return new ForgeError("INVALID_INPUT", thrown instanceof Error ? thrown.message : "the request is not valid", { cause: thrown });
   }
-  if (code.startsWith("FST_ERR") || thrown instanceof URIError) return code.startsWith("FST_ERR") ? hidden(thrown) : new ForgeError("INVALID_INPUT", "the path is not valid");
+  if (code.startsWith("FST_ERR") || thrown instanceof URIError)
+    return code.startsWith("FST_ERR") ? hidden(thrown) : new ForgeError("INVALID_INPUT", "the path is not valid");
   const error = databaseError(thrown);
   return error.code === "INTERNAL" ? hidden(thrown) : error;
 }
@@ -33,12 +37,19 @@ export function requestError(part: string, issues: readonly { path: readonly Pro
 export function sendRawError(socket: Duplex, error: ForgeError): void {
   if (!socket.writable) return void socket.destroy();
   const body = JSON.stringify(error.toBody());
-  const lines = [`HTTP/1.1 ${error.httpStatus} ${STATUS_CODES[error.httpStatus] ?? ""}`, "content-type: application/json", `content-length: ${Buffer.byteLength(body)}`, "connection: close"];
+  const lines = [
+    `HTTP/1.1 ${error.httpStatus} ${STATUS_CODES[error.httpStatus] ?? ""}`,
+    "content-type: application/json",
+    `content-length: ${Buffer.byteLength(body)}`,
+    "connection: close",
+  ];
   socket.end(`${lines.join("\r\n")}\r\n\r\n${body}`);
 }
 
 /** A defect: its words are for our own log, not for a client. */
 function hidden(thrown: unknown): ForgeError {
   const { message } = toForgeError(thrown);
-  return new ForgeError("INTERNAL", "something unexpected happened; the control plane's log says more", { cause: new Error(message, { cause: thrown }) });
+  return new ForgeError("INTERNAL", "something unexpected happened; the control plane's log says more", {
+    cause: new Error(message, { cause: thrown }),
+  });
 }

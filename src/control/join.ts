@@ -42,7 +42,8 @@ async function join(trx: Trx, control: Control, request: JoinRequest): Promise<{
   const csrDigest = hashSecret(request.csrPem);
   if (token === undefined) throw new ForgeError("UNAUTHENTICATED", "the join token is not known");
   if (token.expires_at.getTime() < Date.now()) throw new ForgeError("UNAUTHENTICATED", "the join token is no longer valid");
-  if (token.csr_digest !== null && !token.csr_digest.equals(csrDigest)) throw new ForgeError("UNAUTHENTICATED", "the join token was used already");
+  if (token.csr_digest !== null && !token.csr_digest.equals(csrDigest))
+    throw new ForgeError("UNAUTHENTICATED", "the join token was used already");
   const nodeId = token.node_id ?? newId("node");
   const { certificatePem } = await issueNodeCertificate(control.authority, { csrPem: request.csrPem, nodeId });
   const fingerprint = fingerprintOf(new X509Certificate(certificatePem).raw);
@@ -51,7 +52,9 @@ async function join(trx: Trx, control: Control, request: JoinRequest): Promise<{
   await trx.updateTable("join_tokens").set({ csr_digest: csrDigest, node_id: nodeId }).where("secret_hash", "=", secretHash).execute();
   const { name, jurisdiction, site, rack, profile, vmm } = request.facts;
   const details = { id: nodeId, jurisdiction, site, rack, profile, vmm, certificate: fingerprint };
-  await appendEvents(trx, control.signer, [{ tenant: null, kind: "node.joined", actor: `node/${name}`, outcome: "success", subject: `node/${name}`, details }]);
+  await appendEvents(trx, control.signer, [
+    { tenant: null, kind: "node.joined", actor: `node/${name}`, outcome: "success", subject: `node/${name}`, details },
+  ]);
   return { nodeId, certificatePem };
 }
 
@@ -60,9 +63,22 @@ async function insertNode(trx: Trx, id: string, fingerprint: string, { facts, sp
   const row = await trx
     .insertInto("nodes")
     .values({
-      id, name, jurisdiction, site, rack, vmm, emulated, profile, vcpus, memory_mib: memoryMib,
-      certificate_fingerprint: fingerprint, spool_public_key_pem: spoolPublicKeyPem, spool_hash: genesis.hash,
+      id,
+      name,
+      jurisdiction,
+      site,
+      rack,
+      vmm,
+      emulated,
+      profile,
+      vcpus,
+      memory_mib: memoryMib,
+      certificate_fingerprint: fingerprint,
+      spool_public_key_pem: spoolPublicKeyPem,
+      spool_hash: genesis.hash,
     })
-    .onConflict((on) => on.column("name").doNothing()).returning("id").executeTakeFirst();
+    .onConflict((on) => on.column("name").doNothing())
+    .returning("id")
+    .executeTakeFirst();
   if (row === undefined) throw new ForgeError("CONFLICT", `a node named ${name} has joined already`);
 }

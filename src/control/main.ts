@@ -80,7 +80,13 @@ export async function startControl(folder: string, options: ControlOptions, log:
   await listen(nodes, options.apiAddress, options.nodePort);
   reconciler.start();
   const stopReconciler = (): Promise<void> => reconciler.stop();
-  return { control, apiPort: portOf(api), nodePort: portOf(nodes), stopReconciler, stop: () => stopAll({ control, api, nodes, reconciler, db, wakes, cluster }) };
+  return {
+    control,
+    apiPort: portOf(api),
+    nodePort: portOf(nodes),
+    stopReconciler,
+    stop: () => stopAll({ control, api, nodes, reconciler, db, wakes, cluster }),
+  };
 }
 
 async function listen(app: FastifyInstance, host: string, port: number): Promise<void> {
@@ -104,7 +110,9 @@ interface Parts {
 async function stopAll({ control, api, nodes, reconciler, db, wakes, cluster }: Parts): Promise<void> {
   await Promise.all([api.close(), nodes.close()]);
   await reconciler.stop();
-  await transact(db, (trx) => appendEvents(trx, control.signer, [stoppedFact()])).catch((error: unknown) => control.log.warn({ err: error }, "the end could not be recorded"));
+  await transact(db, (trx) => appendEvents(trx, control.signer, [stoppedFact()])).catch((error: unknown) =>
+    control.log.warn({ err: error }, "the end could not be recorded"),
+  );
   await wakes.close();
   await db.destroy();
   await cluster?.stop();

@@ -41,11 +41,17 @@ describe("joining", () => {
 
   test("nobody gets past the handshake without a certificate of this region", async () => {
     const { csrPem, privateKeyPem } = await createCsr();
-    const { certificatePem } = await issueNodeCertificate(await createAuthority({ trustDomain: "test.forge" }), { csrPem, nodeId: node.id });
+    const { certificatePem } = await issueNodeCertificate(await createAuthority({ trustDomain: "test.forge" }), {
+      csrPem,
+      nodeId: node.id,
+    });
     const attempt = (tls: object): Promise<string> =>
       new Promise((resolve) => {
         const agent = new Agent({ ca: plane.caPem, ...tls });
-        const outgoing = request({ host: "127.0.0.1", port: plane.running.nodePort, path: "/node/v1/desired?after=0&waitMs=0", agent }, ({ statusCode }) => resolve(`status ${statusCode}`));
+        const outgoing = request(
+          { host: "127.0.0.1", port: plane.running.nodePort, path: "/node/v1/desired?after=0&waitMs=0", agent },
+          ({ statusCode }) => resolve(`status ${statusCode}`),
+        );
         outgoing.on("error", () => resolve("refused")).end();
       });
     expect(await attempt({})).toBe("refused");
@@ -57,7 +63,11 @@ describe("joining", () => {
     const { certificatePem } = await issueNodeCertificate(plane.control.authority, { csrPem, nodeId: "node_000000000000000000000000" });
     const agent = new Agent({ ca: plane.caPem, cert: certificatePem, key: privateKeyPem });
     const status = await new Promise((resolve, reject) => {
-      request({ host: "127.0.0.1", port: plane.running.nodePort, path: "/node/v1/desired?after=0&waitMs=0", agent }, ({ statusCode }) => resolve(statusCode)).on("error", reject).end();
+      request({ host: "127.0.0.1", port: plane.running.nodePort, path: "/node/v1/desired?after=0&waitMs=0", agent }, ({ statusCode }) =>
+        resolve(statusCode),
+      )
+        .on("error", reject)
+        .end();
     });
     expect(status).toBe(401);
     agent.destroy();
@@ -68,27 +78,43 @@ describe("the spool", () => {
   test("is appended exactly once, however often it is sent, and verifies with the rest", async () => {
     const tenant = (await plane.control.db.selectFrom("tenants").select("id").executeTakeFirstOrThrow()).id;
     const fact = { tenant, actor: "node", outcome: "success" as const, subject: `cell/${cellId}`, details: { service: "web" } };
-    const entries = [node.entry({ ...fact, kind: "cell.started" }), node.entry({ ...fact, kind: "cell.ready" }), node.entry({ ...fact, kind: "cell.exited" })];
+    const entries = [
+      node.entry({ ...fact, kind: "cell.started" }),
+      node.entry({ ...fact, kind: "cell.ready" }),
+      node.entry({ ...fact, kind: "cell.exited" }),
+    ];
     expect(await node.link.ship(entries.slice(0, 2))).toBe(2);
     expect(await node.link.ship(entries.slice(0, 2))).toBe(2);
     expect(await node.link.ship(entries)).toBe(3);
     const client = await plane.client();
     const seen: string[] = [];
-    for await (const event of client.lines("listEvents", { query: { service: "web", limit: 1000 } })) if (event.actor === "node/node-1") seen.push(event.kind);
+    for await (const event of client.lines("listEvents", { query: { service: "web", limit: 1000 } }))
+      if (event.actor === "node/node-1") seen.push(event.kind);
     expect(seen).toEqual(["cell.started", "cell.ready", "cell.exited"]);
     expect(await client.call("verifyAudit", {})).toMatchObject({ ok: true });
     expect((await node.link.hello(nodeFacts())).spoolSequence).toBe(3);
   });
 
   test("an altered entry is refused and changes nothing", async () => {
-    const entry = node.entry({ tenant: null, kind: "node.started", actor: "node", outcome: "success", subject: "node/node-1", details: { cells: 1 } });
-    await expect(node.link.ship([{ ...entry, event: entry.event.replace('"cells":1', '"cells":2') }])).rejects.toMatchObject({ code: "AUDIT_BROKEN" });
+    const entry = node.entry({
+      tenant: null,
+      kind: "node.started",
+      actor: "node",
+      outcome: "success",
+      subject: "node/node-1",
+      details: { cells: 1 },
+    });
+    await expect(node.link.ship([{ ...entry, event: entry.event.replace('"cells":1', '"cells":2') }])).rejects.toMatchObject({
+      code: "AUDIT_BROKEN",
+    });
     expect(await node.link.ship([entry])).toBe(4);
   });
 
   test("a node cannot speak for a tenant that never had a cell there", async () => {
     const { tenantId, token } = await plane.addTenant("stranger");
-    await node.link.ship([node.entry({ tenant: tenantId, kind: "cell.ready", actor: "node", outcome: "success", subject: "cell/x", details: {} })]);
+    await node.link.ship([
+      node.entry({ tenant: tenantId, kind: "cell.ready", actor: "node", outcome: "success", subject: "cell/x", details: {} }),
+    ]);
     const kinds: string[] = [];
     for await (const event of (await plane.client(token)).lines("listEvents", { query: {} })) kinds.push(event.kind);
     expect(kinds).not.toContain("cell.ready");
@@ -173,7 +199,8 @@ describe("sessions", () => {
   test("logs stream line by line; a session works once and for its node only", async () => {
     const lines = (await plane.client()).lines("getLogs", { params: { name: "web" }, query: {} });
     const told = answer("logs", (socket) => {
-      for (let index = 0; index < 3000; index++) socket.send(JSON.stringify({ cell: cellId, time: new Date().toISOString(), stream: "stdout", message: `line ${index}` }));
+      for (let index = 0; index < 3000; index++)
+        socket.send(JSON.stringify({ cell: cellId, time: new Date().toISOString(), stream: "stdout", message: `line ${index}` }));
       socket.close(1000);
     });
     const messages: string[] = [];
@@ -181,19 +208,27 @@ describe("sessions", () => {
     expect(messages).toHaveLength(3000);
     expect(messages.at(-1)).toBe("line 2999");
     const again = node.link.session((await told).id);
-    const refused = await new Promise((resolve) => again.once("unexpected-response", (_, response) => resolve(response.statusCode)).once("error", () => undefined));
+    const refused = await new Promise((resolve) =>
+      again.once("unexpected-response", (_, response) => resolve(response.statusCode)).once("error", () => undefined),
+    );
     expect(refused).toBe(404);
   });
 
   test("a line of another cell ends the stream with an error", async () => {
     const lines = (await plane.client()).lines("getLogs", { params: { name: "web" }, query: {} });
-    void answer("logs", (socket) => socket.send(JSON.stringify({ cell: "cell_000000000000000000000000", time: new Date().toISOString(), stream: "stdout", message: "other" })));
+    void answer("logs", (socket) =>
+      socket.send(
+        JSON.stringify({ cell: "cell_000000000000000000000000", time: new Date().toISOString(), stream: "stdout", message: "other" }),
+      ),
+    );
     expect(await failureOf(lines.next())).toBe("NODE_UNAVAILABLE");
   });
 
   test("a node that does not dial is unavailable, within a bound", async () => {
     const begun = performance.now();
-    expect(await failureOf((await plane.client()).lines("getLogs", { params: { name: "web" }, query: {} }).next())).toBe("NODE_UNAVAILABLE");
+    expect(await failureOf((await plane.client()).lines("getLogs", { params: { name: "web" }, query: {} }).next())).toBe(
+      "NODE_UNAVAILABLE",
+    );
     expect(performance.now() - begun).toBeLessThan(20_000);
     await delay(0);
   });

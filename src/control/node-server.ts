@@ -18,7 +18,14 @@ import { newServer, newSocketServer, type TlsIdentity, type Upgrade } from "./se
 /** The nodes' listener: mutual TLS under the region's CA, so that only a node that joined gets as far as a route. */
 export async function createNodeServer(control: Control, identity: TlsIdentity): Promise<FastifyInstance> {
   const ca = control.authority.certificatePem;
-  const app = newServer({ key: identity.privateKeyPem, cert: identity.certificatePem, minVersion: "TLSv1.3", ca, requestCert: true, rejectUnauthorized: true });
+  const app = newServer({
+    key: identity.privateKeyPem,
+    cert: identity.certificatePem,
+    minVersion: "TLSv1.3",
+    ca,
+    requestCert: true,
+    rejectUnauthorized: true,
+  });
   const nodes = new WeakMap<FastifyRequest, NodeRow>();
   app.addHook("onRequest", async (request) => void nodes.set(request, await identify(control, request.raw)));
   const nodeOf = (request: FastifyRequest): NodeRow => {
@@ -71,6 +78,9 @@ export async function createNodeServer(control: Control, identity: TlsIdentity):
   return app;
 }
 
+/** 1000 events of 64 KiB. */
+const maxBodyBytes = 64 * 1024 * 1024;
+
 interface JsonNodeRoute {
   readonly method: "GET" | "POST";
   readonly path: string;
@@ -80,8 +90,12 @@ interface JsonNodeRoute {
 }
 
 function at(route: JsonNodeRoute): { method: "GET" | "POST"; url: string; schema: Record<string, unknown>; bodyLimit: number } {
-  const parts = { ...(route.body === undefined ? {} : { body: route.body }), ...(route.query === undefined ? {} : { querystring: route.query }) };
-  return { method: route.method, url: route.path, schema: { ...parts, response: { 200: route.response } }, bodyLimit: 64 * 1024 * 1024 }; // 1000 events of 64 KiB
+  const parts = {
+    ...(route.body === undefined ? {} : { body: route.body }),
+    ...(route.query === undefined ? {} : { querystring: route.query }),
+  };
+  const schema = { ...parts, response: { 200: route.response } };
+  return { method: route.method, url: route.path, schema, bodyLimit: maxBodyBytes };
 }
 
 /** Which node is at the other end. The certificate must be the one its last join gave it. */
@@ -89,7 +103,10 @@ async function identify(control: Control, request: IncomingMessage): Promise<Nod
   const socket = request.socket as TLSSocket;
   const known = identities.get(socket);
   const certificate = known === undefined ? socket.getPeerCertificate().raw : undefined;
-  const identity = known ?? { nodeId: await verifyNodeCertificate(control.authority, certificate ?? new Uint8Array()), fingerprint: fingerprintOf(certificate ?? new Uint8Array()) };
+  const identity = known ?? {
+    nodeId: await verifyNodeCertificate(control.authority, certificate ?? new Uint8Array()),
+    fingerprint: fingerprintOf(certificate ?? new Uint8Array()),
+  };
   identities.set(socket, identity);
   const node = await findNode(control, identity.nodeId);
   if (node.certificate_fingerprint === identity.fingerprint) return node;
@@ -106,15 +123,23 @@ async function sendBlob(control: Control, node: NodeRow, digest: string, reply: 
   const image = await query(
     control.db
       .selectFrom("images as image")
-      .innerJoin("cells as cell", (on) => on.onRef("cell.tenant_id", "=", "image.tenant_id").onRef("cell.image_digest", "=", "image.digest"))
-      .select("image.digest").where("cell.node_id", "=", node.id).where("cell.desired", "=", "running")
+      .innerJoin("cells as cell", (on) =>
+        on.onRef("cell.tenant_id", "=", "image.tenant_id").onRef("cell.image_digest", "=", "image.digest"),
+      )
+      .select("image.digest")
+      .where("cell.node_id", "=", node.id)
+      .where("cell.desired", "=", "running")
       .where(sql<boolean>`image.blobs @> ${JSON.stringify([digest])}::jsonb`)
-      .limit(1).executeTakeFirst(),
+      .limit(1)
+      .executeTakeFirst(),
   );
   if (image === undefined) throw new ForgeError("NOT_FOUND", `no cell of ${node.name} needs the blob ${digest}`);
   const sizeBytes = await control.images.blobSize(digest);
   const blob = await control.images.openBlob(digest);
-  return reply.type("application/octet-stream").header("content-length", String(sizeBytes ?? 0)).send(blob);
+  return reply
+    .type("application/octet-stream")
+    .header("content-length", String(sizeBytes ?? 0))
+    .send(blob);
 }
 
 /** The agent's end of a session somebody waits for. */

@@ -1,6 +1,6 @@
 import { type Selectable, sql } from "kysely";
 import type { z } from "zod";
-import { type CellAssignment, type CellReport, type DesiredState, type NodeFacts, spoolEntrySchema } from "../api/node.ts";
+import { type CellAssignment, type CellReport, type DesiredState, type NodeFacts, type spoolEntrySchema } from "../api/node.ts";
 import type { ServiceSpec } from "../api/manifest.ts";
 import { auditEventSchema, type ChainEntry, verifyChain } from "../audit/index.ts";
 import { ForgeError } from "../base/errors.ts";
@@ -18,7 +18,13 @@ export type NodeRow = Selectable<NodeTable>;
 const heartbeatMs = 20_000;
 
 /** The desired state once it is newer than `after`, or as it is when `waitMs` are over. */
-export async function awaitDesired(control: Control, node: NodeRow, after: number, waitMs: number, signal: AbortSignal): Promise<DesiredState> {
+export async function awaitDesired(
+  control: Control,
+  node: NodeRow,
+  after: number,
+  waitMs: number,
+  signal: AbortSignal,
+): Promise<DesiredState> {
   const changes = control.wakes.subscribe(`node:${node.id}`);
   try {
     const endMs = control.clock.monotonicMs() + waitMs;
@@ -38,8 +44,12 @@ async function readDesired(control: Control, node: NodeRow): Promise<DesiredStat
   const rows = await query(
     control.db
       .selectFrom("cells as cell")
-      .innerJoin("revisions as revision", (on) => on.onRef("revision.service_id", "=", "cell.service_id").onRef("revision.revision", "=", "cell.revision"))
-      .innerJoin("images as image", (on) => on.onRef("image.tenant_id", "=", "cell.tenant_id").onRef("image.digest", "=", "cell.image_digest"))
+      .innerJoin("revisions as revision", (on) =>
+        on.onRef("revision.service_id", "=", "cell.service_id").onRef("revision.revision", "=", "cell.revision"),
+      )
+      .innerJoin("images as image", (on) =>
+        on.onRef("image.tenant_id", "=", "cell.tenant_id").onRef("image.digest", "=", "cell.image_digest"),
+      )
       .select(["cell.id", "cell.tenant_id", "cell.service_name", "cell.revision", "cell.desired", "cell.address", "cell.image_digest"])
       .select(["revision.spec", "revision.image_reference", "image.signatures"])
       .select(sql<string[]>`array(select public_key_pem from trusted_keys k where k.tenant_id = cell.tenant_id order by k.name)`.as("keys"))
@@ -48,18 +58,16 @@ async function readDesired(control: Control, node: NodeRow): Promise<DesiredStat
       .orderBy("cell.id")
       .execute(),
   );
-  const cells = rows.map(
-    (row): CellAssignment => ({
-      id: row.id,
-      tenantId: row.tenant_id,
-      service: row.service_name,
-      revision: row.revision,
-      desired: row.desired === "running" ? "running" : "stopped",
-      image: { digest: row.image_digest, reference: row.image_reference, signatures: row.signatures, trustedKeysPem: row.keys },
-      spec: row.spec as ServiceSpec,
-      address: row.address ?? "",
-    }),
-  );
+  const cells = rows.map((row): CellAssignment => ({
+    id: row.id,
+    tenantId: row.tenant_id,
+    service: row.service_name,
+    revision: row.revision,
+    desired: row.desired === "running" ? "running" : "stopped",
+    image: { digest: row.image_digest, reference: row.image_reference, signatures: row.signatures, trustedKeysPem: row.keys },
+    spec: row.spec as ServiceSpec,
+    address: row.address ?? "",
+  }));
   return { generation: node.generation, cells, sessions: control.sessions.requestsFor(node.id) };
 }
 
@@ -70,8 +78,17 @@ export async function takeReport(control: Control, node: NodeRow, reports: reado
     const ended = await endLeaving(trx, node, reports, whole);
     const freed = ended.length > 0 || changed.some((cell) => !cell.holds_room);
     const settled = changed.filter((cell) => ["running", "stopped", "failed"].includes(cell.state));
-    await wakeJobs(trx, settled.map((cell) => cell.id), freed);
-    if (ended.length > 0) await appendEvents(trx, control.signer, ended.map((cell) => cellFact(cell, "cell.removed", {})));
+    await wakeJobs(
+      trx,
+      settled.map((cell) => cell.id),
+      freed,
+    );
+    if (ended.length > 0)
+      await appendEvents(
+        trx,
+        control.signer,
+        ended.map((cell) => cellFact(cell, "cell.removed", {})),
+      );
   });
   await touchNode(control, node);
 }
@@ -80,7 +97,11 @@ export async function takeReport(control: Control, node: NodeRow, reports: reado
  * One statement for all of them. A cell the flow gave up keeps its reason. A cell that ended gives its room back: the
  * ending is for good, since a cell is never asked to run again.
  */
-async function writeReports(trx: Trx, node: NodeRow, reports: readonly CellReport[]): Promise<{ id: string; state: string; holds_room: boolean }[]> {
+async function writeReports(
+  trx: Trx,
+  node: NodeRow,
+  reports: readonly CellReport[],
+): Promise<{ id: string; state: string; holds_room: boolean }[]> {
   const { rows } = await sql<{ id: string; state: string; holds_room: boolean }>`
     update cells set
       state = case when cells.state = 'failed' and cells.desired <> 'running' then 'failed' when cells.desired = 'running' or r.state in ('stopped', 'failed') then r.state else 'stopping' end,
@@ -97,7 +118,12 @@ async function writeReports(trx: Trx, node: NodeRow, reports: readonly CellRepor
 }
 
 /** Forgets removed cells of which nothing is left on the node. */
-async function endLeaving(trx: Trx, node: NodeRow, reports: readonly CellReport[], whole: boolean): Promise<{ id: string; tenant_id: string; service_name: string }[]> {
+async function endLeaving(
+  trx: Trx,
+  node: NodeRow,
+  reports: readonly CellReport[],
+  whole: boolean,
+): Promise<{ id: string; tenant_id: string; service_name: string }[]> {
   const ended = reports.filter((report) => report.state === "stopped" || report.state === "failed").map((report) => report.id);
   const alive = reports.filter((report) => report.state !== "stopped" && report.state !== "failed").map((report) => report.id);
   const { rows } = await sql<{ id: string; tenant_id: string; service_name: string }>`
@@ -125,11 +151,18 @@ export async function takeEvents(control: Control, nodeId: string, entries: read
     if (last === undefined) return node.spool_sequence;
     const report = await verifyChain(fresh, node.spool_public_key_pem, undefined, { sequence: node.spool_sequence, hash: node.spool_hash });
     if (report.firstBad !== null) {
-      throw new ForgeError("AUDIT_BROKEN", `the spool of ${node.name} is not sound at entry ${report.firstBad.sequence}: ${report.firstBad.problem}`);
+      throw new ForgeError(
+        "AUDIT_BROKEN",
+        `the spool of ${node.name} is not sound at entry ${report.firstBad.sequence}: ${report.firstBad.problem}`,
+      );
     }
     const tenants = await trx.selectFrom("node_tenants").select("tenant_id").where("node_id", "=", nodeId).execute();
     const known = new Set(tenants.map((tenant) => tenant.tenant_id));
-    await appendEvents(trx, control.signer, fresh.map((entry) => nodeFact(node, entry, known)));
+    await appendEvents(
+      trx,
+      control.signer,
+      fresh.map((entry) => nodeFact(node, entry, known)),
+    );
     await trx.updateTable("nodes").set({ spool_sequence: last.sequence, spool_hash: last.hash }).where("id", "=", nodeId).execute();
     return last.sequence;
   });
@@ -144,7 +177,14 @@ function nodeFact(node: NodeRow, entry: ChainEntry, knownTenants: ReadonlySet<st
   if (!parsed.success) throw new ForgeError("INVALID_INPUT", `entry ${entry.sequence} of the spool of ${node.name} is not an audit event`);
   const { id, time, ...said } = parsed.data;
   const mayName = said.tenant === null || knownTenants.has(said.tenant);
-  const origin = { node: node.name, event: id, time, sequence: entry.sequence, hash: entry.hash, ...(mayName ? {} : { claimedTenant: said.tenant }) };
+  const origin = {
+    node: node.name,
+    event: id,
+    time,
+    sequence: entry.sequence,
+    hash: entry.hash,
+    ...(mayName ? {} : { claimedTenant: said.tenant }),
+  };
   return { ...said, actor: `node/${node.name}`, tenant: mayName ? said.tenant : null, details: { ...said.details, origin } };
 }
 

@@ -35,7 +35,10 @@ export const unreachableAfterMs = 60_000;
  * cells will soon give back. With `lock`, nobody else places until this transaction ends.
  */
 export async function readRooms(db: Database | Trx, options: { leaving: "count" | "ignore"; lock?: boolean }): Promise<Room[]> {
-  const select = db.selectFrom("nodes").select(["id", "name", "jurisdiction", "profile", "vcpus", "memory_mib", "last_seen_at"]).orderBy("id");
+  const select = db
+    .selectFrom("nodes")
+    .select(["id", "name", "jurisdiction", "profile", "vcpus", "memory_mib", "last_seen_at"])
+    .orderBy("id");
   const nodes = await (options.lock === true ? select.forUpdate() : select).execute();
   const cells = await db
     .selectFrom("cells")
@@ -77,7 +80,10 @@ export function pickRoom(rooms: readonly Room[], need: Need): Room {
   if (roomy.length === 0) throw noRoom(need, `free is ${reachable.map(describe).join("; ")}`);
   const open = roomy.filter((room) => takenPort(room, need) === undefined);
   const taken = roomy[0] === undefined ? undefined : takenPort(roomy[0], need);
-  if (open.length === 0) throw new ForgeError("PORT_TAKEN", `port ${taken} is already published by another service on every node with room`, { details: { port: taken } });
+  if (open.length === 0)
+    throw new ForgeError("PORT_TAKEN", `port ${taken} is already published by another service on every node with room`, {
+      details: { port: taken },
+    });
   return open.reduce((best, room) => (isBetter(room, best, need.serviceId) ? room : best));
 }
 

@@ -17,7 +17,9 @@ export function describeChanges(before: Shape, after: Shape): string[] {
   for (const field of fields) {
     const [old, next] = [before.spec[field], after.spec[field]];
     if (canonicalJson(old ?? null) === canonicalJson(next ?? null)) continue;
-    changes.push(field === "env" ? `env: ${describeEnvironment(before.spec.env, after.spec.env)}` : `${field}: ${text(old)} -> ${text(next)}`);
+    changes.push(
+      field === "env" ? `env: ${describeEnvironment(before.spec.env, after.spec.env)}` : `${field}: ${text(old)} -> ${text(next)}`,
+    );
   }
   return changes;
 }
@@ -26,7 +28,9 @@ export function describeChanges(before: Shape, after: Shape): string[] {
 export function needsNewCells(before: Shape, after: Shape): boolean {
   const { replicas: _, ...old } = before.spec;
   const { replicas: __, ...next } = after.spec;
-  return before.jurisdiction !== after.jurisdiction || before.imageDigest !== after.imageDigest || canonicalJson(old) !== canonicalJson(next);
+  return (
+    before.jurisdiction !== after.jurisdiction || before.imageDigest !== after.imageDigest || canonicalJson(old) !== canonicalJson(next)
+  );
 }
 
 function describeEnvironment(before: Readonly<Record<string, string>>, after: Readonly<Record<string, string>>): string {

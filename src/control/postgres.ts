@@ -36,14 +36,18 @@ export async function openCluster({ folder, fsync = true }: ClusterOptions): Pro
   const socketDirectory = join(folder, "run");
   const socket = join(socketDirectory, ".s.PGSQL.5432");
   if (Buffer.byteLength(socket) > socketPathMax) {
-    throw new ForgeError("UNSUPPORTED", `the path of the database's socket is longer than ${socketPathMax} bytes, choose a shorter data folder: ${socket}`);
+    throw new ForgeError(
+      "UNSUPPORTED",
+      `the path of the database's socket is longer than ${socketPathMax} bytes, choose a shorter data folder: ${socket}`,
+    );
   }
   await makeDirectory(socketDirectory);
   await makeDirectory(join(folder, "pglog"));
   const isNew = (await readIfExists(join(data, "PG_VERSION"))) === undefined;
   if (isNew) await initialise(binaries, data, fsync);
   await writeDurable(join(data, "postgresql.conf"), settings(folder, fsync));
-  const pgCtl = (...args: string[]): Promise<string> => run(join(binaries, "pg_ctl"), ["--pgdata", data, ...args], { cwd: folder, timeoutMs: 120_000 });
+  const pgCtl = (...args: string[]): Promise<string> =>
+    run(join(binaries, "pg_ctl"), ["--pgdata", data, ...args], { cwd: folder, timeoutMs: 120_000 });
   const cluster: Cluster = {
     address: { socketDirectory, database: databaseName, user: userInfo().username }, // peer authentication: who we are now
     ensureRunning: async () => {
@@ -65,7 +69,9 @@ export async function openCluster({ folder, fsync = true }: ClusterOptions): Pro
 /** Newest first of /usr/lib/postgresql/VERSION/bin, as Debian lays them out. */
 async function findBinaries(): Promise<string> {
   const root = "/usr/lib/postgresql";
-  const versions = (await readdir(root).catch(() => [])).filter((name) => /^[0-9]+$/.test(name)).toSorted((left, right) => Number(right) - Number(left));
+  const versions = (await readdir(root).catch(() => []))
+    .filter((name) => /^[0-9]+$/.test(name))
+    .toSorted((left, right) => Number(right) - Number(left));
   const newest = versions[0];
   if (newest === undefined) throw new ForgeError("UNSUPPORTED", `PostgreSQL is not installed: nothing in ${root}`);
   return join(root, newest, "bin");
@@ -73,7 +79,14 @@ async function findBinaries(): Promise<string> {
 
 /** initdb into a folder without PG_VERSION; what an interrupted one left there, initdb itself refuses, so it is told to clean up. */
 async function initialise(binaries: string, data: string, fsync: boolean): Promise<void> {
-  const options = ["--auth=peer", "--data-checksums", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions", ...(fsync ? [] : ["--no-sync"])];
+  const options = [
+    "--auth=peer",
+    "--data-checksums",
+    "--encoding=UTF8",
+    "--locale=C.UTF-8",
+    "--no-instructions",
+    ...(fsync ? [] : ["--no-sync"]),
+  ];
   await run("/bin/rm", ["-rf", "--one-file-system", data]); // no PG_VERSION: nothing in it was ever a database
   await run(join(binaries, "initdb"), ["--pgdata", data, ...options], { timeoutMs: 120_000, cwd: "/" });
 }
@@ -115,7 +128,11 @@ async function isRunning(pgCtl: (...args: string[]) => Promise<string>): Promise
 }
 
 async function createDatabase(binaries: string, socketDirectory: string, cwd: string): Promise<void> {
-  const exists = await run(join(binaries, "psql"), [...psqlTo(socketDirectory), "--command", `select 1 from pg_database where datname = '${databaseName}'`], { cwd });
+  const exists = await run(
+    join(binaries, "psql"),
+    [...psqlTo(socketDirectory), "--command", `select 1 from pg_database where datname = '${databaseName}'`],
+    { cwd },
+  );
   if (exists.trim() !== "1") await run(join(binaries, "createdb"), ["--host", socketDirectory, databaseName], { cwd });
 }
 

@@ -42,7 +42,10 @@ async function findSystemUser(): Promise<{ uid: number; gid: number }> {
   const entry = await run("getent", ["passwd", systemUser]).catch(() => "");
   const [, , uid, gid] = entry.trim().split(":").map(Number);
   if (uid === undefined || gid === undefined || !(uid > 0)) {
-    throw new ForgeError("UNSUPPORTED", `the system user ${systemUser} does not exist: tools/setup creates it (useradd --system ${systemUser})`);
+    throw new ForgeError(
+      "UNSUPPORTED",
+      `the system user ${systemUser} does not exist: tools/setup creates it (useradd --system ${systemUser})`,
+    );
   }
   return { uid, gid };
 }

@@ -77,7 +77,9 @@ test.each(deploySteps.map((step) => step.name))("killed before the step %s, the 
   const cells = await plane.control.db.selectFrom("cells").selectAll().execute();
   expect(cells).toHaveLength(1);
   expect(cells[0]).toMatchObject({ desired: "running", state: "running", holds_room: true });
-  const kinds = (await plane.control.db.selectFrom("log_entries").select("event").execute()).map(({ event }) => (JSON.parse(event) as { kind: string }).kind);
+  const kinds = (await plane.control.db.selectFrom("log_entries").select("event").execute()).map(
+    ({ event }) => (JSON.parse(event) as { kind: string }).kind,
+  );
   for (const once of ["cell.placed", "cell.assigned"]) expect(kinds.filter((kind) => kind === once)).toHaveLength(1);
 });
 
@@ -85,7 +87,12 @@ test.each(["address", "assign", "ready", "retire"])("a step %s that fails is und
   const undone: string[] = [];
   const steps = deploySteps.map((step): Step => ({
     ...step,
-    do: step.name === name ? () => Promise.reject(new ForgeError("CELL_FAILED", "it did not work")) : step.name === "ready" ? async () => "done" : step.do,
+    do:
+      step.name === name
+        ? () => Promise.reject(new ForgeError("CELL_FAILED", "it did not work"))
+        : step.name === "ready"
+          ? async () => "done"
+          : step.do,
     undo: async (context) => {
       undone.push(step.name);
       await step.undo?.(context);

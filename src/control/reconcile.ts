@@ -86,7 +86,9 @@ export class Reconciler {
   /** Until the next job is due, or its lease is over. */
   async #idleMs(): Promise<number> {
     const { rows } = await sql<{ ms: number | null }>`
-      select extract(epoch from min(greatest(run_at, coalesce(lease_until, run_at))) - now())::float8 * 1000 as ms from jobs`.execute(this.#control.db);
+      select extract(epoch from min(greatest(run_at, coalesce(lease_until, run_at))) - now())::float8 * 1000 as ms from jobs`.execute(
+      this.#control.db,
+    );
     return Math.min(Math.max(rows[0]?.ms ?? 60_000, 10), 60_000);
   }
 
@@ -94,7 +96,9 @@ export class Reconciler {
     try {
       while (!this.#stop.signal.aborted && (await this.#advance(job)));
     } catch (error) {
-      await this.#afterError(job, toForgeError(error)).catch((later: unknown) => this.#control.log.warn({ err: later, job: job.id }, "a job could not be put back; its lease will end"));
+      await this.#afterError(job, toForgeError(error)).catch((later: unknown) =>
+        this.#control.log.warn({ err: later, job: job.id }, "a job could not be put back; its lease will end"),
+      );
     }
   }
 
@@ -102,7 +106,13 @@ export class Reconciler {
   async #advance({ id, cell_id: cellId }: Job): Promise<boolean> {
     return transact(this.#control.db, async (trx) => {
       const cell = await trx.selectFrom("cells").selectAll().where("id", "=", cellId).forUpdate().executeTakeFirst();
-      const job = await trx.selectFrom("jobs").selectAll().where("id", "=", id).where("lease_owner", "=", this.#owner).forUpdate().executeTakeFirst();
+      const job = await trx
+        .selectFrom("jobs")
+        .selectAll()
+        .where("id", "=", id)
+        .where("lease_owner", "=", this.#owner)
+        .forUpdate()
+        .executeTakeFirst();
       if (cell === undefined || job === undefined) return false; // removed meanwhile, or no longer ours
       const context = { trx, control: this.#control, cell };
       return job.failure === null ? this.#stepForward(context, job) : this.#stepBack(context, job, job.failure);
@@ -124,7 +134,11 @@ export class Reconciler {
   async #putToSleep(context: StepContext, job: Job, step: Step): Promise<boolean> {
     const deadline = job.deadline_at ?? new Date(Date.now() + ((await step.patienceMs?.(context)) ?? 60_000));
     if (Date.now() >= deadline.getTime()) throw step.tooLate?.(context) ?? new ForgeError("TIMEOUT", `the step ${step.name} took too long`);
-    await context.trx.updateTable("jobs").set({ run_at: deadline, deadline_at: deadline, lease_owner: null, lease_until: null }).where("id", "=", job.id).execute();
+    await context.trx
+      .updateTable("jobs")
+      .set({ run_at: deadline, deadline_at: deadline, lease_owner: null, lease_until: null })
+      .where("id", "=", job.id)
+      .execute();
     return false;
   }
 
@@ -138,7 +152,9 @@ export class Reconciler {
     }
     const { trx, cell } = context;
     await trx.updateTable("cells").set({ state: "failed", reason: failure.message }).where("id", "=", cell.id).execute();
-    await appendEvents(trx, this.#control.signer, [cellFact(cell, "cell.failed", { code: failure.code, reason: failure.message.slice(0, 2000) }, "failure")]);
+    await appendEvents(trx, this.#control.signer, [
+      cellFact(cell, "cell.failed", { code: failure.code, reason: failure.message.slice(0, 2000) }, "failure"),
+    ]);
     return this.#finish(trx, job);
   }
 
@@ -148,7 +164,11 @@ export class Reconciler {
   }
 
   async #renew(trx: Trx, job: Job, change: { step: string | null; deadline_at?: null }): Promise<void> {
-    await trx.updateTable("jobs").set({ ...change, attempts: 0, lease_until: sql<Date>`now() + ${this.#leaseMs} * interval '1 millisecond'` }).where("id", "=", job.id).execute();
+    await trx
+      .updateTable("jobs")
+      .set({ ...change, attempts: 0, lease_until: sql<Date>`now() + ${this.#leaseMs} * interval '1 millisecond'` })
+      .where("id", "=", job.id)
+      .execute();
   }
 
   #indexOf(job: Job): number {
@@ -160,15 +180,29 @@ export class Reconciler {
     const passing = ["DATABASE_UNAVAILABLE", "AUDIT_UNAVAILABLE", "DISK_FULL", "INTERNAL"].includes(error.code);
     if (passing) this.#control.log.warn({ err: error, job: job.id }, "a step of a deploy did not work; it will be tried again");
     await transact(this.#control.db, async (trx) => {
-      const current = await trx.selectFrom("jobs").selectAll().where("id", "=", job.id).where("lease_owner", "=", this.#owner).forUpdate().executeTakeFirst();
+      const current = await trx
+        .selectFrom("jobs")
+        .selectAll()
+        .where("id", "=", job.id)
+        .where("lease_owner", "=", this.#owner)
+        .forUpdate()
+        .executeTakeFirst();
       if (current === undefined) return;
       const attempts = current.attempts + 1;
       const pauseMs = Math.min(250 * 2 ** attempts, 30_000);
       const giveUp = !passing || (error.code === "INTERNAL" && attempts >= maxAttempts);
       const change = giveUp
-        ? { failure: current.failure === null ? JSON.stringify({ code: error.code, message: error.message }) : JSON.stringify(current.failure), run_at: new Date() }
+        ? {
+            failure:
+              current.failure === null ? JSON.stringify({ code: error.code, message: error.message }) : JSON.stringify(current.failure),
+            run_at: new Date(),
+          }
         : { run_at: new Date(Date.now() + pauseMs) };
-      await trx.updateTable("jobs").set({ ...change, attempts, lease_owner: null, lease_until: null }).where("id", "=", job.id).execute();
+      await trx
+        .updateTable("jobs")
+        .set({ ...change, attempts, lease_owner: null, lease_until: null })
+        .where("id", "=", job.id)
+        .execute();
       await sql`select pg_notify('forge', 'jobs')`.execute(trx);
     });
   }

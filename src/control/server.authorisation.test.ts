@@ -70,11 +70,15 @@ function send(name: RouteName, route: Route, token?: string): Promise<{ status: 
 
 async function denials(kind: string): Promise<number> {
   const rows = await plane.control.db.selectFrom("log_entries").select("event").execute();
-  return rows.map(({ event }) => JSON.parse(event) as { kind: string; outcome: string }).filter((event) => event.kind === kind && event.outcome === "denied").length;
+  return rows
+    .map(({ event }) => JSON.parse(event) as { kind: string; outcome: string })
+    .filter((event) => event.kind === kind && event.outcome === "denied").length;
 }
 
 test("every route is in this test, save those of the golden list, which is empty", () => {
-  const untested = table.filter(([name, route]) => route.allow !== "public" && route.path.includes(":") && samples[name] === undefined).map(([name]) => name);
+  const untested = table
+    .filter(([name, route]) => route.allow !== "public" && route.path.includes(":") && samples[name] === undefined)
+    .map(([name]) => name);
   expect(untested).toEqual(uncovered);
   expect(uncovered).toEqual([]);
   expect(table.filter(([, route]) => route.allow === "public").map(([name]) => name)).toEqual(["getHealth"]);
@@ -102,7 +106,11 @@ describe("tokens", () => {
     const client = await plane.client();
     const { secret, token } = await client.call("createToken", { body: { name: "short", role: "developer", ttlSeconds: 60 } });
     expect(await failureOf((await plane.client(secret)).call("getStatus", {}))).toBe("no failure");
-    await plane.control.db.updateTable("tokens").set({ expires_at: new Date(Date.now() - 1000) }).where("id", "=", token.id).execute();
+    await plane.control.db
+      .updateTable("tokens")
+      .set({ expires_at: new Date(Date.now() - 1000) })
+      .where("id", "=", token.id)
+      .execute();
     expect(await failureOf((await plane.client(secret)).call("getStatus", {}))).toMatch(/UNAUTHENTICATED|TOO_MANY/);
     await client.call("revokeToken", { params: { name: "short" } });
     const owner = await plane.ownerToken();
@@ -150,7 +158,8 @@ describe("two tenants", () => {
     const client = await plane.client(other);
     const before = await snapshot();
     const params = { name: "web" };
-    for (const name of ["getService", "stopService", "startService", "removeService"] as const) expect(await failureOf(client.call(name, { params }))).toBe("NOT_FOUND");
+    for (const name of ["getService", "stopService", "startService", "removeService"] as const)
+      expect(await failureOf(client.call(name, { params }))).toBe("NOT_FOUND");
     expect((await plane.fetch("GET", "/v1/services/web/logs", { token: other })).status).toBe(404);
     expect(await failureOf(client.call("revokeToken", { params: { name: "bootstrap" } }))).toBe("NOT_FOUND");
     expect(await failureOf(client.call("applyService", { body: plane.apply("mine", image) }))).toBe("IMAGE_NOT_FOUND");
@@ -159,7 +168,9 @@ describe("two tenants", () => {
 
   test("the operator sees that both exist, and neither's bytes", async () => {
     const tenantImage = await plane.admitImage(other);
-    await (await plane.client(other)).call("applyService", { body: plane.apply("web", tenantImage, { env: { SECRET: "hush" }, command: ["hushed"] }) });
+    await (
+      await plane.client(other)
+    ).call("applyService", { body: plane.apply("web", tenantImage, { env: { SECRET: "hush" }, command: ["hushed"] }) });
     const { items } = await (await plane.client(await plane.operatorToken())).call("listServices", {});
     expect(items.map(({ tenant, name }) => `${tenant}/${name}`).toSorted()).toEqual(["clinic/web", "default/web"]);
     expect(JSON.stringify(items)).not.toContain("hush");

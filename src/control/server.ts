@@ -47,7 +47,14 @@ export async function loadLazyParts(): Promise<void> {
 }
 
 /** Fastify with the bounds and the error form that both listeners share. */
-export function newServer(tls: { key: string; cert: string; minVersion: "TLSv1.3"; ca?: string; requestCert?: boolean; rejectUnauthorized?: boolean }): FastifyInstance {
+export function newServer(tls: {
+  key: string;
+  cert: string;
+  minVersion: "TLSv1.3";
+  ca?: string;
+  requestCert?: boolean;
+  rejectUnauthorized?: boolean;
+}): FastifyInstance {
   const app: FastifyInstance = fastify({
     https: { ...tls, maxHeaderSize: 128 * 1024 }, // exec carries its arguments in the query
     bodyLimit: maxBodyBytes,
@@ -58,13 +65,15 @@ export function newServer(tls: { key: string; cert: string; minVersion: "TLSv1.3
     forceCloseConnections: true,
     clientErrorHandler: (_, socket) => sendRawError(socket, new ForgeError("INVALID_INPUT", "this is not an HTTP request")),
     frameworkErrors: (error, _, reply) => void sendError(reply, errorFromFastify(error)),
-  }) as unknown as FastifyInstance;
+  });
   app.server.maxConnections = maxConnections;
   app.server.headersTimeout = 10_000;
   app.setValidatorCompiler(validatorCompiler);
   app.setSerializerCompiler(serializerCompiler);
   app.setErrorHandler((error, _, reply) => sendError(reply, errorFromFastify(error)));
-  app.setNotFoundHandler((request, reply) => sendError(reply, new ForgeError("NOT_FOUND", `there is no ${request.method} ${request.url.split("?")[0] ?? ""}`)));
+  app.setNotFoundHandler((request, reply) =>
+    sendError(reply, new ForgeError("NOT_FOUND", `there is no ${request.method} ${request.url.split("?")[0] ?? ""}`)),
+  );
   app.removeAllContentTypeParsers();
   app.addContentTypeParser("application/json", { parseAs: "string" }, app.getDefaultJsonParser("error", "error"));
   app.addContentTypeParser("application/octet-stream", (_, payload, done) => done(null, payload));
@@ -103,7 +112,13 @@ class Door {
     const caller = await this.#authenticator.authenticate(request.headers.authorization, request.socket.remoteAddress ?? "unknown", name);
     if (isAllowed(route, caller)) return caller;
     const details = { role: caller.role, route: name };
-    await appendDenial(this.#control, { tenant: caller.tenantId, kind: "authz.denied", actor: caller.actor, subject: `route/${name}`, details });
+    await appendDenial(this.#control, {
+      tenant: caller.tenantId,
+      kind: "authz.denied",
+      actor: caller.actor,
+      subject: `route/${name}`,
+      details,
+    });
     throw new ForgeError("FORBIDDEN", `the role ${caller.role} may not do this`);
   }
 }
@@ -127,7 +142,12 @@ function registerRoute(app: FastifyInstance, control: Control, door: Door, name:
     handler: async (request, reply) => {
       const signal = abortOnClose(reply);
       const parts = { params: request.params, query: request.query, body: route.stream === "upload" ? uploadOf(request) : request.body };
-      const answer = await handlerOf(name)({ control, caller: callers.get(request) ?? nobody, signal, ...parts } as Parameters<AnyHandler>[0]);
+      const answer = await handlerOf(name)({
+        control,
+        caller: callers.get(request) ?? nobody,
+        signal,
+        ...parts,
+      });
       return route.stream === "ndjson" ? sendLines(reply, answer as AsyncIterable<unknown>) : answer;
     },
   });
@@ -209,5 +229,9 @@ function abortOnClose(reply: FastifyReply): AbortSignal {
 
 function sendError(reply: FastifyReply, error: ForgeError): FastifyReply {
   if (error.code === "INTERNAL") reply.log.error({ err: error.cause ?? error }, error.message);
-  return reply.code(error.httpStatus).type("application/json").serializer((body: unknown) => JSON.stringify(body)).send(error.toBody());
+  return reply
+    .code(error.httpStatus)
+    .type("application/json")
+    .serializer((body: unknown) => JSON.stringify(body))
+    .send(error.toBody());
 }

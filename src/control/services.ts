@@ -20,7 +20,8 @@ export type ServiceRow = Selectable<ServiceTable>;
 /** Creates the service, makes a new revision, changes its scale, or finds nothing to do. Refuses what is certain not to work. */
 export async function applyService(trx: Trx, control: Control, tenantId: string, request: ApplyRequest): Promise<Plan> {
   const signedBy = await admitImage(trx, tenantId, request.imageDigest).catch((error: unknown) => {
-    if (request.dryRun && error instanceof ForgeError && error.code === "IMAGE_NOT_FOUND") return undefined; // pushed and verified by the deploy itself
+    // A plan may come before the push: the deploy itself pushes, and verifies.
+    if (request.dryRun && error instanceof ForgeError && error.code === "IMAGE_NOT_FOUND") return undefined;
     throw error;
   });
   const current = await lockService(trx, tenantId, request.name);
@@ -34,13 +35,22 @@ export async function applyService(trx: Trx, control: Control, tenantId: string,
 
   const now = new Date();
   const service = { jurisdiction: request.jurisdiction, revision: plan.revision, desired: "running" as const, updated_at: now };
-  if (current === undefined) await trx.insertInto("services").values({ id: serviceId, tenant_id: tenantId, name: request.name, created_at: now, ...service }).execute();
+  if (current === undefined)
+    await trx
+      .insertInto("services")
+      .values({ id: serviceId, tenant_id: tenantId, name: request.name, created_at: now, ...service })
+      .execute();
   else await trx.updateTable("services").set(service).where("id", "=", serviceId).execute();
   await trx
     .insertInto("revisions")
     .values({
-      tenant_id: tenantId, service_id: serviceId, revision: plan.revision, spec: JSON.stringify(request.spec),
-      image_digest: request.imageDigest, image_reference: request.imageReference, signed_by: signedBy,
+      tenant_id: tenantId,
+      service_id: serviceId,
+      revision: plan.revision,
+      spec: JSON.stringify(request.spec),
+      image_digest: request.imageDigest,
+      image_reference: request.imageReference,
+      signed_by: signedBy,
     })
     .onConflict((on) => on.columns(["service_id", "revision"]).doUpdateSet({ spec: JSON.stringify(request.spec) }))
     .execute();
@@ -80,13 +90,24 @@ export async function removeService(trx: Trx, control: Control, tenantId: string
 
 /** The image is this tenant's, and a key trusted at this moment signed it; returns the key's name. */
 export async function admitImage(trx: Trx, tenantId: string, digest: string): Promise<string> {
-  const image = await trx.selectFrom("images").select("signatures").where("tenant_id", "=", tenantId).where("digest", "=", digest).executeTakeFirst();
-  if (image === undefined) throw new ForgeError("IMAGE_NOT_FOUND", `the image ${digest} was not admitted for this tenant: push or pull it first`);
+  const image = await trx
+    .selectFrom("images")
+    .select("signatures")
+    .where("tenant_id", "=", tenantId)
+    .where("digest", "=", digest)
+    .executeTakeFirst();
+  if (image === undefined)
+    throw new ForgeError("IMAGE_NOT_FOUND", `the image ${digest} was not admitted for this tenant: push or pull it first`);
   return verifySignatures(digest, image.signatures, await readTrustedKeys(trx, tenantId)).keyName;
 }
 
 export async function readTrustedKeys(trx: Trx | Control["db"], tenantId: string): Promise<{ name: string; publicKeyPem: string }[]> {
-  return trx.selectFrom("trusted_keys").select(["name", "public_key_pem as publicKeyPem"]).where("tenant_id", "=", tenantId).orderBy("name").execute();
+  return trx
+    .selectFrom("trusted_keys")
+    .select(["name", "public_key_pem as publicKeyPem"])
+    .where("tenant_id", "=", tenantId)
+    .orderBy("name")
+    .execute();
 }
 
 interface Change {
@@ -101,7 +122,12 @@ interface CurrentCell {
 }
 
 /** What an apply changes; nothing is written. */
-async function planChange(trx: Trx, current: ServiceRow | undefined, healthy: readonly CurrentCell[], request: ApplyRequest): Promise<Change> {
+async function planChange(
+  trx: Trx,
+  current: ServiceRow | undefined,
+  healthy: readonly CurrentCell[],
+  request: ApplyRequest,
+): Promise<Change> {
   const { name: service, spec } = request;
   const after: Shape = { jurisdiction: request.jurisdiction, imageDigest: request.imageDigest, spec };
   if (current === undefined) {
@@ -124,15 +150,25 @@ async function planChange(trx: Trx, current: ServiceRow | undefined, healthy: re
 /** Cells of the current revision that run or are about to, oldest first. */
 async function currentCells(trx: Trx, service: ServiceRow): Promise<CurrentCell[]> {
   return trx
-    .selectFrom("cells").select("id").where("service_id", "=", service.id).where("revision", "=", service.revision)
-    .where("desired", "in", ["pending", "running"]).where("state", "not in", ["failed", "stopped"]).orderBy("id").execute();
+    .selectFrom("cells")
+    .select("id")
+    .where("service_id", "=", service.id)
+    .where("revision", "=", service.revision)
+    .where("desired", "in", ["pending", "running"])
+    .where("state", "not in", ["failed", "stopped"])
+    .orderBy("id")
+    .execute();
 }
 
 /** Cells of the current revision that are of no more use: a new one takes their place. */
 async function endedCells(trx: Trx, service: ServiceRow): Promise<CurrentCell[]> {
   return trx
-    .selectFrom("cells").select("id").where("service_id", "=", service.id).where("revision", "=", service.revision)
-    .where((on) => on.or([on("desired", "=", "stopped"), on("state", "in", ["failed", "stopped"])])).execute();
+    .selectFrom("cells")
+    .select("id")
+    .where("service_id", "=", service.id)
+    .where("revision", "=", service.revision)
+    .where((on) => on.or([on("desired", "=", "stopped"), on("state", "in", ["failed", "stopped"])]))
+    .execute();
 }
 
 /** NO_ROOM or PORT_TAKEN when it is certain that so many cells find no place, even once what is stopping has stopped. */
@@ -147,7 +183,13 @@ async function checkRoom(trx: Trx, serviceId: string, request: Pick<ApplyRequest
 }
 
 /** Rows and jobs for new cells, and a wake for who runs the jobs. */
-async function addCells(trx: Trx, service: Pick<ServiceRow, "id" | "tenant_id" | "name" | "jurisdiction" | "revision">, spec: ServiceSpec, imageDigest: string, count: number): Promise<void> {
+async function addCells(
+  trx: Trx,
+  service: Pick<ServiceRow, "id" | "tenant_id" | "name" | "jurisdiction" | "revision">,
+  spec: ServiceSpec,
+  imageDigest: string,
+  count: number,
+): Promise<void> {
   if (count === 0) return;
   const size = sizeOf(spec);
   const cells = Array.from({ length: count }, () => ({
@@ -165,7 +207,10 @@ async function addCells(trx: Trx, service: Pick<ServiceRow, "id" | "tenant_id" |
     state: "pending",
   }));
   await trx.insertInto("cells").values(cells).execute();
-  await trx.insertInto("jobs").values(cells.map((cell) => ({ id: newId("job"), tenant_id: cell.tenant_id, cell_id: cell.id }))).execute();
+  await trx
+    .insertInto("jobs")
+    .values(cells.map((cell) => ({ id: newId("job"), tenant_id: cell.tenant_id, cell_id: cell.id })))
+    .execute();
   await notify(trx, "jobs");
 }
 
@@ -181,7 +226,11 @@ async function requireService(trx: Trx, tenantId: string, name: string): Promise
 
 async function readRevision(trx: Trx, service: ServiceRow): Promise<{ spec: ServiceSpec; imageDigest: string }> {
   const row = await trx
-    .selectFrom("revisions").select(["spec", "image_digest"]).where("service_id", "=", service.id).where("revision", "=", service.revision).executeTakeFirstOrThrow();
+    .selectFrom("revisions")
+    .select(["spec", "image_digest"])
+    .where("service_id", "=", service.id)
+    .where("revision", "=", service.revision)
+    .executeTakeFirstOrThrow();
   return { spec: row.spec as ServiceSpec, imageDigest: row.image_digest };
 }
 

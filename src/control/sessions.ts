@@ -50,7 +50,10 @@ export class SessionBroker {
     let timer: NodeJS.Timeout | undefined;
     try {
       await announce();
-      timer = setTimeout(() => reject(new ForgeError("NODE_UNAVAILABLE", `the node did not open the session within ${rendezvousMs / 1000} s`)), rendezvousMs);
+      timer = setTimeout(
+        () => reject(new ForgeError("NODE_UNAVAILABLE", `the node did not open the session within ${rendezvousMs / 1000} s`)),
+        rendezvousMs,
+      );
       return await promise;
     } finally {
       clearTimeout(timer);
@@ -100,12 +103,14 @@ export async function* textMessages(socket: WebSocket, signal: AbortSignal): Asy
   const onAbort = (): void => socket.terminate();
   const stopPings = keepAlive(socket);
   socket.on("message", (data, isBinary) => {
-    if (!isBinary) queue.push(String(data));
+    if (!isBinary) queue.push((data as Buffer).toString()); // "nodebuffer" is the binaryType, so it is one
     if (queue.length >= 256) socket.pause();
     wake();
   });
   socket.on("error", () => end(new ForgeError("NODE_UNAVAILABLE", "the node broke the session off")));
-  socket.on("close", (code) => end(code === 1000 || code === 1005 ? undefined : new ForgeError("NODE_UNAVAILABLE", `the node ended the session (${code})`)));
+  socket.on("close", (code) =>
+    end(code === 1000 || code === 1005 ? undefined : new ForgeError("NODE_UNAVAILABLE", `the node ended the session (${code})`)),
+  );
   signal.addEventListener("abort", onAbort);
   try {
     while (!signal.aborted) {

@@ -11,7 +11,9 @@ export async function listServices(db: Database | Trx, tenantId: string | null, 
   const rows = await query(
     db
       .selectFrom("services as service")
-      .innerJoin("revisions as revision", (on) => on.onRef("revision.service_id", "=", "service.id").onRef("revision.revision", "=", "service.revision"))
+      .innerJoin("revisions as revision", (on) =>
+        on.onRef("revision.service_id", "=", "service.id").onRef("revision.revision", "=", "service.revision"),
+      )
       .innerJoin("tenants as tenant", "tenant.id", "service.tenant_id")
       .selectAll("service")
       .select(["revision.spec", "revision.image_digest", "revision.image_reference", "revision.signed_by", "tenant.name as tenant_name"])
@@ -22,7 +24,11 @@ export async function listServices(db: Database | Trx, tenantId: string | null, 
       .execute(),
   );
   if (rows.length === 0) return [];
-  const cells = await listCellRows(db, tenantId, rows.map((row) => row.id));
+  const cells = await listCellRows(
+    db,
+    tenantId,
+    rows.map((row) => row.id),
+  );
   return rows.map((row) => {
     const own = cells.filter((cell) => cell.service_id === row.id);
     const spec = row.spec as ServiceSpec;
@@ -99,7 +105,12 @@ export async function listNodes(db: Database): Promise<Node[]> {
     Promise.all([
       db.selectFrom("nodes").selectAll().orderBy("name").execute(),
       readRooms(db, { leaving: "count" }),
-      db.selectFrom("cells").select(["node_id", sql<number>`count(*)`.as("count")]).where("holds_room", "=", true).groupBy("node_id").execute(),
+      db
+        .selectFrom("cells")
+        .select(["node_id", sql<number>`count(*)`.as("count")])
+        .where("holds_room", "=", true)
+        .groupBy("node_id")
+        .execute(),
     ]),
   );
   return nodes.map((node) => {
@@ -129,16 +140,38 @@ function nodeView(row: Selectable<NodeTable>, memoryFreeMib: number, vcpusFree: 
   };
 }
 
-export function imageView(row: Selectable<ImageTable>): { digest: string; reference: string; sizeBytes: number; signedBy: string; createdAt: string } {
-  return { digest: row.digest, reference: row.reference, sizeBytes: row.size_bytes, signedBy: row.signed_by, createdAt: row.created_at.toISOString() };
+export function imageView(row: Selectable<ImageTable>): {
+  digest: string;
+  reference: string;
+  sizeBytes: number;
+  signedBy: string;
+  createdAt: string;
+} {
+  return {
+    digest: row.digest,
+    reference: row.reference,
+    sizeBytes: row.size_bytes,
+    signedBy: row.signed_by,
+    createdAt: row.created_at.toISOString(),
+  };
 }
 
-export function trustedKeyView(row: Selectable<TrustedKeyTable>): { name: string; publicKeyPem: string; fingerprint: string; createdAt: string } {
+export function trustedKeyView(row: Selectable<TrustedKeyTable>): {
+  name: string;
+  publicKeyPem: string;
+  fingerprint: string;
+  createdAt: string;
+} {
   return { name: row.name, publicKeyPem: row.public_key_pem, fingerprint: row.fingerprint, createdAt: row.created_at.toISOString() };
 }
 
 export function tokenView(row: Omit<Selectable<TokenTable>, "secret_hash">): {
-  id: string; name: string; role: TokenTable["role"]; createdAt: string; expiresAt: string | null; lastUsedAt: string | null;
+  id: string;
+  name: string;
+  role: TokenTable["role"];
+  createdAt: string;
+  expiresAt: string | null;
+  lastUsedAt: string | null;
 } {
   return {
     id: row.id,

@@ -30,7 +30,10 @@ export class TestControl {
   static async start(databaseUrl: string, folder?: string): Promise<TestControl> {
     const own = folder ?? (await mkdtemp(join(tmpdir(), "forge-control-")));
     const options = { dataDir: own, apiAddress: "127.0.0.1", apiPort: 0, nodePort: 0, region: "test", jurisdiction: "de", databaseUrl };
-    return new TestControl(own, await startControl(own, options, pino({ level: process.env["FORGE_LOG"] ?? "silent" }, pino.destination(2))));
+    return new TestControl(
+      own,
+      await startControl(own, options, pino({ level: process.env["FORGE_LOG"] ?? "silent" }, pino.destination(2))),
+    );
   }
 
   get control(): RunningControl["control"] {
@@ -62,7 +65,15 @@ export class TestControl {
   /** One HTTPS exchange as a client makes it. */
   readonly transport: Transport = async ({ method, path, headers, body, signal }) => {
     const response = await new Promise<IncomingMessage>((resolve, reject) => {
-      const options = { method, headers, agent: this.#agent, port: this.running.apiPort, host: "127.0.0.1", path, ...(signal === undefined ? {} : { signal }) };
+      const options = {
+        method,
+        headers,
+        agent: this.#agent,
+        port: this.running.apiPort,
+        host: "127.0.0.1",
+        path,
+        ...(signal === undefined ? {} : { signal }),
+      };
       const outgoing = request(options, resolve).on("error", reject);
       if (body === undefined || typeof body === "string" || body instanceof Uint8Array) outgoing.end(body);
       else void sendAll(outgoing, body).catch(reject);
@@ -71,10 +82,15 @@ export class TestControl {
   };
 
   /** Status and parsed body of a raw request. */
-  async fetch(method: string, path: string, options: { token?: string; body?: unknown; type?: string } = {}): Promise<{ status: number; body: unknown }> {
+  async fetch(
+    method: string,
+    path: string,
+    options: { token?: string; body?: unknown; type?: string } = {},
+  ): Promise<{ status: number; body: unknown }> {
     const headers: Record<string, string> = options.token === undefined ? {} : { authorization: `Bearer ${options.token}` };
     const body = options.body === undefined ? undefined : typeof options.body === "string" ? options.body : JSON.stringify(options.body);
-    if (body !== undefined) Object.assign(headers, { "content-type": options.type ?? "application/json", "content-length": String(Buffer.byteLength(body)) });
+    if (body !== undefined)
+      Object.assign(headers, { "content-type": options.type ?? "application/json", "content-length": String(Buffer.byteLength(body)) });
     const response = await this.transport({ method, path, headers, ...(body === undefined ? {} : { body }) });
     let text = "";
     for await (const chunk of response.body) text += Buffer.from(chunk).toString();
@@ -120,9 +136,13 @@ let tokens = 0;
 /** Uploads an image without layers; the label makes its digest its own. */
 export async function uploadImage(client: ForgeClient, label: string): Promise<string> {
   const architecture = process.arch === "arm64" ? "arm64" : "amd64";
-  const config = Buffer.from(JSON.stringify({ architecture, os: "linux", config: { Env: [`LABEL=${label}`] }, rootfs: { type: "layers", diff_ids: [] } }));
+  const config = Buffer.from(
+    JSON.stringify({ architecture, os: "linux", config: { Env: [`LABEL=${label}`] }, rootfs: { type: "layers", diff_ids: [] } }),
+  );
   const descriptor = { mediaType: "application/vnd.oci.image.config.v1+json", digest: digestOf(config), size: config.length };
-  const manifest = Buffer.from(JSON.stringify({ schemaVersion: 2, mediaType: "application/vnd.oci.image.manifest.v1+json", config: descriptor, layers: [] }));
+  const manifest = Buffer.from(
+    JSON.stringify({ schemaVersion: 2, mediaType: "application/vnd.oci.image.manifest.v1+json", config: descriptor, layers: [] }),
+  );
   for (const blob of [config, manifest]) await client.upload("putBlob", { params: { digest: digestOf(blob) } }, oneChunk(blob));
   return digestOf(manifest);
 }

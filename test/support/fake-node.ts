@@ -1,5 +1,4 @@
 import { generateKeyPairSync, sign } from "node:crypto";
-import type { z } from "zod";
 import { ControlLink } from "../../src/agent/control-link.ts";
 import { type CellReport, type DesiredState, type NodeFacts, nodeRoutes } from "../../src/api/node.ts";
 import { type ChainEntry, genesis, type Head, linkEntry, newEvent, type Signer } from "../../src/audit/index.ts";
@@ -24,11 +23,20 @@ export class FakeNode {
   static async join(plane: TestControl, change: Partial<NodeFacts> = {}, joinToken?: string): Promise<FakeNode> {
     const { csrPem, privateKeyPem } = await createCsr();
     const signer = memorySigner();
-    const body = { joinToken: joinToken ?? (await plane.joinToken()), csrPem, spoolPublicKeyPem: signer.publicKeyPem, facts: nodeFacts(change) };
+    const body = {
+      joinToken: joinToken ?? (await plane.joinToken()),
+      csrPem,
+      spoolPublicKeyPem: signer.publicKeyPem,
+      facts: nodeFacts(change),
+    };
     const { status, body: answer } = await plane.fetch("POST", nodeRoutes.join.path, { body });
     if (status !== 200) throw new Error(JSON.stringify(answer));
-    const joined = nodeRoutes.join.response.parse(answer) as z.output<typeof nodeRoutes.join.response>;
-    const link = new ControlLink(`https://127.0.0.1:${plane.running.nodePort}`, { caPem: joined.caPem, certificatePem: joined.certificatePem, privateKeyPem });
+    const joined = nodeRoutes.join.response.parse(answer);
+    const link = new ControlLink(`https://127.0.0.1:${plane.running.nodePort}`, {
+      caPem: joined.caPem,
+      certificatePem: joined.certificatePem,
+      privateKeyPem,
+    });
     return new FakeNode(joined.nodeId, link, signer);
   }
 
@@ -72,15 +80,36 @@ export class FakeNode {
 }
 
 export function nodeFacts(change: Partial<NodeFacts> = {}): NodeFacts {
-  return { name: "node-1", jurisdiction: "de", site: "local", rack: "r1", vmm: "qemu", emulated: true, profile: "development", vcpus: 2, memoryMib: 1024, ...change };
+  return {
+    name: "node-1",
+    jurisdiction: "de",
+    site: "local",
+    rack: "r1",
+    vmm: "qemu",
+    emulated: true,
+    profile: "development",
+    vcpus: 2,
+    memoryMib: 1024,
+    ...change,
+  };
 }
 
 export function cellReport(id: string, state: CellReport["state"], revision = 1, change: Partial<CellReport> = {}): CellReport {
-  const nothing = { reason: null, measurement: null, vmm: null, emulated: null, restarts: 0, exitStatus: null, startedAt: null, phases: {}, published: [] };
+  const nothing = {
+    reason: null,
+    measurement: null,
+    vmm: null,
+    emulated: null,
+    restarts: 0,
+    exitStatus: null,
+    startedAt: null,
+    phases: {},
+    published: [],
+  };
   return { id, revision, state, ...nothing, ...change };
 }
 
 function memorySigner(): Signer {
   const { privateKey, publicKey } = generateKeyPairSync("ed25519");
-  return { publicKeyPem: publicKey.export({ type: "spki", format: "pem" }).toString(), sign: (bytes) => sign(null, bytes, privateKey) };
+  return { publicKeyPem: publicKey.export({ type: "spki", format: "pem" }), sign: (bytes) => sign(null, bytes, privateKey) };
 }

@@ -20,13 +20,25 @@ export async function startPostgres(): Promise<TestPostgres> {
   const binaries = join("/usr/lib/postgresql", (await readdir("/usr/lib/postgresql")).toSorted().at(-1) ?? "", "bin");
   const asUser = (program: string, ...args: string[]): Promise<string> => {
     const command = [join(binaries, program), ...args];
-    const [first = "", ...rest] = user === undefined ? command : ["setpriv", `--reuid=${user.uid}`, `--regid=${user.gid}`, "--clear-groups", ...command];
+    const [first = "", ...rest] =
+      user === undefined ? command : ["setpriv", `--reuid=${user.uid}`, `--regid=${user.gid}`, "--clear-groups", ...command];
     return run(first, rest, { cwd: folder });
   };
   const data = join(folder, "pg");
-  await asUser("initdb", "--pgdata", data, "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions");
+  await asUser(
+    "initdb",
+    "--pgdata",
+    data,
+    "--auth=trust",
+    "--username=postgres",
+    "--no-sync",
+    "--encoding=UTF8",
+    "--locale=C.UTF-8",
+    "--no-instructions",
+  );
   const options = `-c listen_addresses='' -c unix_socket_directories='${folder}' -c fsync=off -c max_connections=100 -c shared_buffers=32MB`;
-  const start = async (): Promise<void> => void (await asUser("pg_ctl", "--pgdata", data, "--wait", "--log", join(folder, "log"), "--options", options, "start"));
+  const start = async (): Promise<void> =>
+    void (await asUser("pg_ctl", "--pgdata", data, "--wait", "--log", join(folder, "log"), "--options", options, "start"));
   await start();
   let databases = 0;
   return {

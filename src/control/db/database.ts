@@ -7,7 +7,9 @@ export type Database = Kysely<Schema>;
 export type Trx = Transaction<Schema>;
 
 /** Where the database is: a URL, or the folder of a unix socket. */
-export type DatabaseAddress = { readonly url: string } | { readonly socketDirectory: string; readonly database: string; readonly user: string };
+export type DatabaseAddress =
+  | { readonly url: string }
+  | { readonly socketDirectory: string; readonly database: string; readonly user: string };
 
 /** A pool of connections; nothing is dialled yet. */
 export function openDatabase(address: DatabaseAddress): Database {
@@ -28,7 +30,10 @@ export function openDatabase(address: DatabaseAddress): Database {
 
 /** What both the pool and the listening connection dial. */
 export function connectionOptions(address: DatabaseAddress): pg.ClientConfig {
-  const target = "url" in address ? { connectionString: address.url } : { host: address.socketDirectory, database: address.database, user: address.user };
+  const target =
+    "url" in address
+      ? { connectionString: address.url }
+      : { host: address.socketDirectory, database: address.database, user: address.user };
   return { ...target, application_name: "forge-control", keepAlive: true, types: { getTypeParser } };
 }
 
@@ -68,8 +73,10 @@ export function databaseError(thrown: unknown): ForgeError {
   const message = thrown instanceof Error ? thrown.message : String(thrown);
   if (code === "53100") return new ForgeError("DISK_FULL", "the database has no space left on its disk", { cause: thrown });
   if (code === "23505") return new ForgeError("CONFLICT", "something with this name exists already", { cause: thrown });
-  if (/^22[0-9A-Z]{3}$/.test(code)) return new ForgeError("INVALID_INPUT", `the database cannot hold a value of the request: ${message}`, { cause: thrown });
-  if (isUnreachable(code, message)) return new ForgeError("DATABASE_UNAVAILABLE", `the database does not answer: ${message}`, { cause: thrown });
+  if (/^22[0-9A-Z]{3}$/.test(code))
+    return new ForgeError("INVALID_INPUT", `the database cannot hold a value of the request: ${message}`, { cause: thrown });
+  if (isUnreachable(code, message))
+    return new ForgeError("DATABASE_UNAVAILABLE", `the database does not answer: ${message}`, { cause: thrown });
   return toForgeError(thrown);
 }
 
@@ -77,8 +84,11 @@ export function databaseError(thrown: unknown): ForgeError {
 function isUnreachable(code: string, message: string): boolean {
   if (/^(08|53|57|58)[0-9A-Z]{3}$/.test(code)) return true;
   if (["ECONNREFUSED", "ECONNRESET", "ENOENT", "EPIPE", "ETIMEDOUT", "EHOSTUNREACH", "ENOTFOUND", "EAI_AGAIN"].includes(code)) return true;
-  return /^(Connection terminated|Client has encountered a connection error|timeout exceeded when trying to connect|Query read timeout|Cannot use a pool after)/i.test(message)
-    || message.startsWith("Client was closed");
+  return (
+    /^(Connection terminated|Client has encountered a connection error|timeout exceeded when trying to connect|Query read timeout|Cannot use a pool after)/i.test(
+      message,
+    ) || message.startsWith("Client was closed")
+  );
 }
 
 function isRetryable(thrown: unknown): boolean {
@@ -88,5 +98,5 @@ function isRetryable(thrown: unknown): boolean {
 /** Sequences and sizes stay below 2^53: a bigint is a number here. */
 function getTypeParser(oid: number, format?: "text" | "binary"): (text: string) => unknown {
   if (oid === pg.types.builtins.INT8 && format !== "binary") return Number;
-  return pg.types.getTypeParser(oid, format as "text") as (text: string) => unknown;
+  return pg.types.getTypeParser(oid, "text") as (text: string) => unknown;
 }

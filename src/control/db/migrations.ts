@@ -195,13 +195,16 @@ const migrationLock = 4_067_283_901;
 export async function migrate(db: Database): Promise<void> {
   await transact(db, async (trx) => {
     await sql`select pg_advisory_xact_lock(${sql.lit(migrationLock)})`.execute(trx);
-    await sql`create table if not exists migrations (name text primary key, checksum text not null, applied_at timestamptz not null default now())`.execute(trx);
+    await sql`create table if not exists migrations (name text primary key, checksum text not null, applied_at timestamptz not null default now())`.execute(
+      trx,
+    );
     const { rows } = await sql<{ name: string; checksum: string }>`select name, checksum from migrations order by name`.execute(trx);
     const applied = new Map(rows.map((row) => [row.name, row.checksum]));
     for (const migration of migrations) {
       const known = applied.get(migration.name);
       if (known === undefined) await apply(trx, migration);
-      else if (known !== checksum(migration)) throw unsupported(`the migration ${migration.name} is not the one this database was made with`);
+      else if (known !== checksum(migration))
+        throw unsupported(`the migration ${migration.name} is not the one this database was made with`);
       applied.delete(migration.name);
     }
     const [unknown] = applied.keys();

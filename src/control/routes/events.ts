@@ -8,10 +8,21 @@ export const listEvents: Handler<"listEvents"> = async ({ control, caller, query
 
 export const verifyAudit: Handler<"verifyAudit"> = async ({ control, caller }) => {
   const report = await verifyOnce(control);
-  const fact = { kind: "audit.verified" as const, actor: caller.actor, outcome: report.ok ? ("success" as const) : ("failure" as const), subject: "log/region" };
+  const fact = {
+    kind: "audit.verified" as const,
+    actor: caller.actor,
+    outcome: report.ok ? ("success" as const) : ("failure" as const),
+    subject: "log/region",
+  };
   const details = { entries: report.entries, head: report.head.hash, firstBad: report.firstBad };
   await transact(control.db, (trx) => appendEvents(trx, control.signer, [{ tenant: caller.tenantId, ...fact, details }]));
-  return { ok: report.ok, entries: report.entries, head: report.head.hash, publicKeyPem: control.signer.publicKeyPem, firstBad: report.firstBad };
+  return {
+    ok: report.ok,
+    entries: report.entries,
+    head: report.head.hash,
+    publicKeyPem: control.signer.publicKeyPem,
+    firstBad: report.firstBad,
+  };
 };
 
 const running = new WeakMap<Control, ReturnType<typeof verifyLog>>();

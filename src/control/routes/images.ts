@@ -25,7 +25,8 @@ export const addImage: Handler<"addImage"> = ({ control, caller, body }) =>
 export const pullImage: Handler<"pullImage"> = ({ control, caller, body }) =>
   orRefuse(control, caller, body, async () => {
     const reference = parseImageReference(body.reference, "/");
-    if (reference.kind !== "registry") throw new ForgeError("INVALID_INPUT", "only a registry's reference can be pulled by the control plane; push folders and archives");
+    if (reference.kind !== "registry")
+      throw new ForgeError("INVALID_INPUT", "only a registry's reference can be pulled by the control plane; push folders and archives");
     const image = await pull(reference, control.images, {
       verify: async (resolved) => void (await verify(control, caller, resolved.digest, resolved.signatures)),
       insecureLoopback: true,
@@ -34,7 +35,9 @@ export const pullImage: Handler<"pullImage"> = ({ control, caller, body }) =>
   });
 
 export const listImages: Handler<"listImages"> = async ({ control, caller }) => {
-  const rows = await query(control.db.selectFrom("images").selectAll().where("tenant_id", "=", tenantOf(caller)).orderBy("created_at").execute());
+  const rows = await query(
+    control.db.selectFrom("images").selectAll().where("tenant_id", "=", tenantOf(caller)).orderBy("created_at").execute(),
+  );
   return { items: rows.map(imageView) };
 };
 
@@ -48,17 +51,37 @@ async function verify(control: Control, caller: Caller, digest: string, signatur
 }
 
 /** Records the image as this tenant's. The keys are read again within the transaction: one may just have been removed. */
-async function admit(control: Control, caller: Caller, offer: { digest: string; reference: string; signatures: readonly ImageSignature[] }): ReturnType<Handler<"addImage">> {
+async function admit(
+  control: Control,
+  caller: Caller,
+  offer: { digest: string; reference: string; signatures: readonly ImageSignature[] },
+): ReturnType<Handler<"addImage">> {
   const tenantId = tenantOf(caller);
   const { blobs, sizeBytes } = await readBlobs(control.images, offer.digest);
   return transact(control.db, async (trx) => {
     const signedBy = verifySignatures(offer.digest, offer.signatures, await readTrustedKeys(trx, tenantId)).keyName;
-    const values = { reference: offer.reference, size_bytes: sizeBytes, signed_by: signedBy, signatures: JSON.stringify(offer.signatures), blobs: JSON.stringify(blobs) };
+    const values = {
+      reference: offer.reference,
+      size_bytes: sizeBytes,
+      signed_by: signedBy,
+      signatures: JSON.stringify(offer.signatures),
+      blobs: JSON.stringify(blobs),
+    };
     const row = await trx
-      .insertInto("images").values({ tenant_id: tenantId, digest: offer.digest, ...values })
-      .onConflict((on) => on.columns(["tenant_id", "digest"]).doUpdateSet(values)).returningAll().executeTakeFirstOrThrow();
+      .insertInto("images")
+      .values({ tenant_id: tenantId, digest: offer.digest, ...values })
+      .onConflict((on) => on.columns(["tenant_id", "digest"]).doUpdateSet(values))
+      .returningAll()
+      .executeTakeFirstOrThrow();
     await appendEvents(trx, control.signer, [
-      { tenant: tenantId, kind: "image.admitted", actor: caller.actor, outcome: "success", subject: `image/${offer.digest}`, details: { digest: offer.digest, reference: offer.reference, signedBy } },
+      {
+        tenant: tenantId,
+        kind: "image.admitted",
+        actor: caller.actor,
+        outcome: "success",
+        subject: `image/${offer.digest}`,
+        details: { digest: offer.digest, reference: offer.reference, signedBy },
+      },
     ]);
     return imageView(row);
   });
@@ -68,7 +91,10 @@ async function admit(control: Control, caller: Caller, offer: { digest: string; 
 async function readBlobs(store: ImageStore, digest: string): Promise<{ blobs: string[]; sizeBytes: number }> {
   const manifest = await store.readManifest(digest);
   const layers = manifest.layers.map((layer) => layer.descriptor.digest);
-  return { blobs: [...new Set([digest, manifest.manifestDigest, manifest.configDescriptor.digest, ...layers])], sizeBytes: manifest.sizeBytes };
+  return {
+    blobs: [...new Set([digest, manifest.manifestDigest, manifest.configDescriptor.digest, ...layers])],
+    sizeBytes: manifest.sizeBytes,
+  };
 }
 
 /** A refused image is in the log, with digest and reference, before the caller hears of it. */
@@ -80,7 +106,13 @@ async function orRefuse<T>(control: Control, caller: Caller, offer: Offer, work:
       const signed = error.details?.["digest"];
       const digest = offer.digest ?? (typeof signed === "string" ? signed : null);
       const details = { digest, reference: offer.reference, code: error.code, reason: error.message.slice(0, 2000) };
-      await appendDenial(control, { tenant: caller.tenantId, kind: "image.refused", actor: caller.actor, subject: `image/${digest ?? offer.reference}`.slice(0, 512), details });
+      await appendDenial(control, {
+        tenant: caller.tenantId,
+        kind: "image.refused",
+        actor: caller.actor,
+        subject: `image/${digest ?? offer.reference}`.slice(0, 512),
+        details,
+      });
     }
     throw error;
   }

@@ -12,7 +12,15 @@ import { changeNodes } from "../deploy.ts";
 import { type Handler, type Request, tenantOf } from "../handler.ts";
 import { newSessionId, textMessages } from "../sessions.ts";
 
-const argvSchema = z.array(z.string().max(32_768).refine((argument) => !argument.includes("\0"))).min(1).max(256);
+const argvSchema = z
+  .array(
+    z
+      .string()
+      .max(32_768)
+      .refine((argument) => !argument.includes("\0")),
+  )
+  .min(1)
+  .max(256);
 
 /** The agent's end of an exec session; the server joins it to the client's. */
 export async function openExec({ control, caller, params, query: asked, signal }: Request<"exec">): Promise<WebSocket> {
@@ -20,10 +28,25 @@ export async function openExec({ control, caller, params, query: asked, signal }
   const cells = await findCells(control, tenantOf(caller), params.name, asked.cell);
   const cell = cells.find((candidate) => candidate.state === "running");
   if (cell === undefined) throw new ForgeError("CONFLICT", `no cell of ${params.name} is running`);
-  const request: SessionRequest = { kind: "exec", id: newSessionId(), cell: cell.id, argv, tty: asked.tty, columns: asked.columns, rows: asked.rows };
+  const request: SessionRequest = {
+    kind: "exec",
+    id: newSessionId(),
+    cell: cell.id,
+    argv,
+    tty: asked.tty,
+    columns: asked.columns,
+    rows: asked.rows,
+  };
   const argvDigest = `sha256:${createHash("sha256").update(JSON.stringify(argv)).digest("hex")}`;
   const details = { service: params.name, argvDigest, tty: asked.tty };
-  const fact: Fact = { tenant: caller.tenantId, kind: "session.exec", actor: caller.actor, outcome: "success", subject: `cell/${cell.id}`, details };
+  const fact: Fact = {
+    tenant: caller.tenantId,
+    kind: "session.exec",
+    actor: caller.actor,
+    outcome: "success",
+    subject: `cell/${cell.id}`,
+    details,
+  };
   return control.sessions.open(cell.node_id, request, () => announce(control, [cell.node_id], fact), signal);
 }
 
@@ -31,14 +54,27 @@ export async function openExec({ control, caller, params, query: asked, signal }
 export const getLogs: Handler<"getLogs"> = async ({ control, caller, params, query: asked, signal }) => {
   const cells = await findCells(control, tenantOf(caller), params.name, asked.cell);
   const details = { cells: cells.map((cell) => cell.id), follow: asked.follow, tail: asked.tail };
-  const fact: Fact = { tenant: caller.tenantId, kind: "session.logs", actor: caller.actor, outcome: "success", subject: `service/${params.name}`, details };
+  const fact: Fact = {
+    tenant: caller.tenantId,
+    kind: "session.logs",
+    actor: caller.actor,
+    outcome: "success",
+    subject: `service/${params.name}`,
+    details,
+  };
   const byNode = Map.groupBy(cells, (cell) => cell.node_id);
   let announced: Promise<void> | undefined;
   const announceOnce = (): Promise<void> => (announced ??= announce(control, [...byNode.keys()], fact));
   if (byNode.size === 0) await announceOnce();
   const sockets = await openAll(
     [...byNode].map(([nodeId, own]) => () => {
-      const request: SessionRequest = { kind: "logs", id: newSessionId(), cells: own.map((cell) => cell.id), follow: asked.follow, tail: asked.tail };
+      const request: SessionRequest = {
+        kind: "logs",
+        id: newSessionId(),
+        cells: own.map((cell) => cell.id),
+        follow: asked.follow,
+        tail: asked.tail,
+      };
       return control.sessions.open(nodeId, request, announceOnce, signal);
     }),
   );
@@ -54,13 +90,20 @@ interface SessionCell {
 
 /** The service's cells that a node knows, newest first, or the one that was asked for. */
 async function findCells(control: Control, tenantId: string, service: string, cellId: string | undefined): Promise<SessionCell[]> {
-  const found = await query(control.db.selectFrom("services").select("id").where("tenant_id", "=", tenantId).where("name", "=", service).executeTakeFirst());
+  const found = await query(
+    control.db.selectFrom("services").select("id").where("tenant_id", "=", tenantId).where("name", "=", service).executeTakeFirst(),
+  );
   if (found === undefined) throw new ForgeError("NOT_FOUND", `there is no service ${service}`);
   const cells = await query(
     control.db
-      .selectFrom("cells").select(["id", sql<string>`node_id`.as("node_id"), "state"])
-      .where("service_id", "=", found.id).where("tenant_id", "=", tenantId).where("desired", "in", ["running", "stopped"])
-      .$if(cellId !== undefined, (q) => q.where("id", "=", cellId ?? "")).orderBy("id", "desc").execute(),
+      .selectFrom("cells")
+      .select(["id", sql<string>`node_id`.as("node_id"), "state"])
+      .where("service_id", "=", found.id)
+      .where("tenant_id", "=", tenantId)
+      .where("desired", "in", ["running", "stopped"])
+      .$if(cellId !== undefined, (q) => q.where("id", "=", cellId ?? ""))
+      .orderBy("id", "desc")
+      .execute(),
   );
   if (cells.length === 0 && cellId !== undefined) throw new ForgeError("NOT_FOUND", `${service} has no cell ${cellId}`);
   return cells;
@@ -108,7 +151,10 @@ async function* merge<T>(streams: readonly AsyncGenerator<T>[]): AsyncGenerator<
         continue;
       }
       yield result.value;
-      next.set(stream, stream.next().then((later) => ({ stream, result: later })));
+      next.set(
+        stream,
+        stream.next().then((later) => ({ stream, result: later })),
+      );
       next.get(stream)?.catch(() => undefined);
     }
   } finally {

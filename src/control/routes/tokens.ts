@@ -6,7 +6,9 @@ import { type Handler, tenantOf } from "../handler.ts";
 import { tokenView } from "../views.ts";
 
 export const listTokens: Handler<"listTokens"> = async ({ control, caller }) => {
-  const rows = await query(control.db.selectFrom("tokens").selectAll().where("tenant_id", "=", tenantOf(caller)).orderBy("created_at").execute());
+  const rows = await query(
+    control.db.selectFrom("tokens").selectAll().where("tenant_id", "=", tenantOf(caller)).orderBy("created_at").execute(),
+  );
   return { items: rows.map(tokenView) };
 };
 
@@ -21,11 +23,16 @@ export const createToken: Handler<"createToken"> = async ({ control, caller, bod
   const expiresAt = body.ttlSeconds === undefined ? null : new Date(Date.now() + body.ttlSeconds * 1000);
   return transact(control.db, async (trx) => {
     const row = await trx
-      .insertInto("tokens").values({ id, tenant_id: tenantId, name: body.name, role: body.role, secret_hash: secretHash, expires_at: expiresAt })
-      .onConflict((on) => on.doNothing()).returningAll().executeTakeFirst();
+      .insertInto("tokens")
+      .values({ id, tenant_id: tenantId, name: body.name, role: body.role, secret_hash: secretHash, expires_at: expiresAt })
+      .onConflict((on) => on.doNothing())
+      .returningAll()
+      .executeTakeFirst();
     if (row === undefined) throw new ForgeError("CONFLICT", `a token named ${body.name} exists already`);
     const details = { id, role: body.role, expiresAt: expiresAt?.toISOString() ?? null };
-    await appendEvents(trx, control.signer, [{ tenant: tenantId, kind: "token.created", actor: caller.actor, outcome: "success", subject, details }]);
+    await appendEvents(trx, control.signer, [
+      { tenant: tenantId, kind: "token.created", actor: caller.actor, outcome: "success", subject, details },
+    ]);
     return { token: tokenView(row), secret: text };
   });
 };
@@ -33,10 +40,22 @@ export const createToken: Handler<"createToken"> = async ({ control, caller, bod
 export const revokeToken: Handler<"revokeToken"> = async ({ control, caller, params }) => {
   const tenantId = tenantOf(caller);
   await transact(control.db, async (trx) => {
-    const row = await trx.deleteFrom("tokens").where("tenant_id", "=", tenantId).where("name", "=", params.name).returning(["id", "role"]).executeTakeFirst();
+    const row = await trx
+      .deleteFrom("tokens")
+      .where("tenant_id", "=", tenantId)
+      .where("name", "=", params.name)
+      .returning(["id", "role"])
+      .executeTakeFirst();
     if (row === undefined) throw new ForgeError("NOT_FOUND", `there is no token ${params.name}`);
     await appendEvents(trx, control.signer, [
-      { tenant: tenantId, kind: "token.revoked", actor: caller.actor, outcome: "success", subject: `token/${params.name}`, details: { id: row.id, role: row.role } },
+      {
+        tenant: tenantId,
+        kind: "token.revoked",
+        actor: caller.actor,
+        outcome: "success",
+        subject: `token/${params.name}`,
+        details: { id: row.id, role: row.role },
+      },
     ]);
   });
   return { ok: true };

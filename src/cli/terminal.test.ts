@@ -59,7 +59,11 @@ describe("printable", () => {
   });
 
   test("nothing unsafe survives", () => {
-    fc.assert(fc.property(fc.string({ unit: "binary" }), (text) => expect(printable(text)).not.toMatch(unsafe)));
+    fc.assert(
+      fc.property(fc.string({ unit: "binary" }), (text) => {
+        expect(printable(text)).not.toMatch(unsafe);
+      }),
+    );
   });
 });
 
@@ -74,9 +78,9 @@ test("JSON keeps its value and cannot move a terminal", () => {
 
 test("truncate keeps within the width", () => {
   fc.assert(
-    fc.property(fc.string({ unit: "grapheme" }).map(printable), fc.integer({ min: 1, max: 30 }), (text, width) =>
-      expect(displayWidth(truncate(text, width))).toBeLessThanOrEqual(width),
-    ),
+    fc.property(fc.string({ unit: "grapheme" }).map(printable), fc.integer({ min: 1, max: 30 }), (text, width) => {
+      expect(displayWidth(truncate(text, width))).toBeLessThanOrEqual(width);
+    }),
   );
 });
 

@@ -124,9 +124,9 @@ function describeRuntime({ terminal }: Cli, dataDir: string, context: Context, n
   const done = started.length === 0 ? "Forge was already up" : `Forge is up (${started.map((name) => `${name} started`).join(", ")})`;
   terminal.print(terminal.paint("bold", done));
   terminal.print(`  API    ${context.apiUrl}`);
-  terminal.print(
-    `  node   ${node.name} in ${node.jurisdiction}/${node.site}/${node.rack}, ${node.vcpus} vCPUs, ${node.memoryMib} MiB, ${node.vmm}${node.emulated ? " (emulated: for development)" : ""}`,
-  );
+  const place = `${node.jurisdiction}/${node.site}/${node.rack}`;
+  const vmm = node.emulated ? `${node.vmm} (emulated: for development)` : node.vmm;
+  terminal.print(`  node   ${node.name} in ${place}, ${node.vcpus} vCPUs, ${node.memoryMib} MiB, ${vmm}`);
   terminal.print(`  data   ${dataDir}`);
   terminal.print(`  logs   ${logPath(dataDir, "control")}, ${logPath(dataDir, "agent")}`);
   terminal.print("");

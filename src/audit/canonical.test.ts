@@ -3,7 +3,11 @@ import { describe, expect, test } from "vitest";
 import { canonicalJson, isCanonicalJson } from "./canonical.ts";
 
 /** JSON values as JSON.parse can return them: well-formed text, no undefined, no -0. */
-const json = fc.jsonValue({ stringUnit: "grapheme" });
+const character = fc
+  .integer({ min: 0, max: 0x10_ffff })
+  .filter((point) => point < 0xd800 || point > 0xdfff)
+  .map((point) => String.fromCodePoint(point));
+const json = fc.jsonValue({ stringUnit: character });
 
 describe("canonicalJson", () => {
   test("the example of RFC 8785, section 3.2.3", () => {
@@ -90,8 +94,8 @@ describe("isCanonicalJson", () => {
 
   test("never throws", () => {
     fc.assert(
-      fc.property(fc.string({ unit: "binary" }), (text) => {
-        isCanonicalJson(text);
+      fc.property(fc.array(fc.integer({ min: 0, max: 0xffff })), (units) => {
+        isCanonicalJson(String.fromCharCode(...units));
       }),
     );
   });

@@ -27,6 +27,12 @@ describe("event kinds", () => {
   });
 });
 
+test("every registered kind is emitted somewhere", () => {
+  const sources = globSync("src/**/*.ts", { cwd: root, exclude: ["**/*.test.ts", "src/audit/event.ts"] });
+  const text = sources.map((file) => readFileSync(resolve(root, file), "utf8")).join("\n");
+  expect(Object.keys(eventKinds).filter((kind) => !text.includes(`"${kind}"`))).toEqual([]);
+});
+
 /** Literals in `kind: …` members of the product's code, such as `kind: ok ? "cell.ready" : "cell.failed"`. */
 function namedKinds(): { file: string; kind: string }[] {
   return globSync("src/**/*.ts", { cwd: root, exclude: ["**/*.test.ts"] }).flatMap((file) => {

@@ -60,8 +60,6 @@ export const eventKinds = {
     details: { reason: "join token used twice" },
   },
   "node.started": { meaning: "A node's agent started and took over the cells it found.", details: { cells: 3 } },
-  "node.stopped": { meaning: "A node's agent was asked to stop; its cells keep running unless said otherwise.", details: { cells: 3 } },
-  "node.unreachable": { meaning: "The region lost contact with a node.", details: { lastSeenAt: "2026-01-01T00:00:00.000Z" } },
   "node.spool-recovered": {
     meaning: "After a crash, a half-written end that nobody had been promised was cut from the node's spool.",
     details: { segment: "0000000000000001.jsonl", cutBytes: 211 },

@@ -1,5 +1,7 @@
 import { mkdir, rm } from "node:fs/promises";
+import { connect } from "node:net";
 import { join } from "node:path";
+import { text } from "node:stream/consumers";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { run } from "../../src/base/exec.ts";
 import { eventually, freePorts, Runtime } from "../support/runtime.ts";
@@ -52,8 +54,7 @@ describe("Debian's own packages", () => {
   test("redis keeps a value", async () => {
     await makeImage("redis", "redis-server", ["--config.user=redis", "--config.cmd=redis-server", "--config.cmd=--bind", "--config.cmd=*", "--config.cmd=--protected-mode", "--config.cmd=no"]);
     await deploy("redis", published(1, 6379));
-    const talk = ["-w", "3", "127.0.0.1", String(ports[1])];
-    expect(await run("busybox", ["nc", ...talk], { input: "SET patient 7\r\nGET patient\r\nQUIT\r\n" })).toContain("+OK\r\n$1\r\n7\r\n");
+    expect(await talk(ports[1] ?? 0, "SET patient 7\r\nGET patient\r\nQUIT\r\n")).toContain("+OK\r\n$1\r\n7\r\n");
   }, 420_000);
 
   test("PostgreSQL answers psql", async () => {
@@ -69,3 +70,10 @@ describe("Debian's own packages", () => {
     expect((await ask("select count(*), max(note) from images")).trim()).toBe("1000|slice 999");
   }, 420_000);
 });
+
+/** Says something and listens until the other side has nothing more to say. */
+async function talk(port: number, words: string): Promise<string> {
+  const socket = connect({ port, host: "127.0.0.1", timeout: 10_000 });
+  socket.write(words);
+  return text(socket);
+}

@@ -79,8 +79,13 @@ export class Runtime {
 
   /** Writes a manifest into the runtime's folder and gives its path. */
   async manifest(services: Record<string, unknown>, name = "forge.yaml"): Promise<string> {
+    return this.writeFile(name, stringify({ jurisdiction: "de", services }));
+  }
+
+  /** A file in the runtime's folder; gives its path. */
+  async writeFile(name: string, text: string): Promise<string> {
     const path = join(this.folder, name);
-    await writeFile(path, stringify({ jurisdiction: "de", services }));
+    await writeFile(path, text);
     return path;
   }
 

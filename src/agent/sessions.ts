@@ -57,6 +57,8 @@ export class Sessions {
       this.#host.log.debug({ session: request.id, err: error.message }, "session ended by an error");
       over.abort();
     });
+    // A frame that comes before somebody listens would be lost: nothing is read until the program runs.
+    if (request.kind === "exec") socket.once("open", () => socket.pause());
     try {
       await once(socket, "open", { signal: over.signal });
       if (request.kind === "exec") await this.#exec(socket, request, over.signal);
@@ -78,11 +80,14 @@ export class Sessions {
       const running = session;
       over.addEventListener("abort", () => running.close(), { once: true });
       socket.on("message", (data: RawData) => receive(running, socket, toBytes(data)));
+      socket.resume();
       await Promise.all([pump(running.stdout, "stdout", socket, over), pump(running.stderr, "stderr", socket, over)]);
       const status = await running.exited;
       socket.send(encodeFrame("exit", { status: "code" in status ? status.code : 128 + status.signal }));
     } catch (error) {
       if (!over.aborted) socket.send(encodeFrame("error", toForgeError(error).toBody()));
+    } finally {
+      socket.resume(); // a paused socket never sees its close
     }
   }
 

@@ -22,14 +22,17 @@ export async function hostSources(suite: string, folder = "/etc/apt"): Promise<s
 function isOfSuite(line: string, suite: string): boolean {
   const match = /^deb (?:\[[^\]]*\] )?\S+ (\S+) (.+)$/.exec(line);
   const named = match?.[1] ?? "";
-  return [suite, `${suite}-updates`, `${suite}-security`, `${suite}/updates`].includes(named) && (match?.[2] ?? "").split(" ").includes("main");
+  return (
+    [suite, `${suite}-updates`, `${suite}-security`, `${suite}/updates`].includes(named) && (match?.[2] ?? "").split(" ").includes("main")
+  );
 }
 
 /** deb822 stanzas (sources.list(5)) as one-line entries; embedded keys have no such form and are left out. */
 function fromStanzas(content: string): string[] {
   return content.split(/\n\s*\n/).flatMap((stanza) => {
     const unfolded = stanza.replace(/^#.*\n?/gm, "").replace(/\n[ \t]+/g, " ");
-    const field = (name: string): string[] => (new RegExp(`^${name}:[ \\t]*(.*)$`, "im").exec(unfolded)?.[1] ?? "").split(/\s+/).filter((word) => word !== "");
+    const field = (name: string): string[] =>
+      (new RegExp(`^${name}:[ \\t]*(.*)$`, "im").exec(unfolded)?.[1] ?? "").split(/\s+/).filter((word) => word !== "");
     if (!field("Types").includes("deb") || field("Enabled")[0] === "no") return [];
     const key = field("Signed-By");
     const options = key.length === 1 && key[0]?.startsWith("/") === true ? `[signed-by=${key[0]}] ` : "";

@@ -32,12 +32,17 @@ export function signatureTag(digest: string): string {
 export function findSignatureEntries(index: ImageIndex, digest: string): Descriptor[] {
   const named = (entry: Descriptor): string => entry.annotations?.[nameAnnotation] ?? "";
   const own = index.manifests.filter((entry) => named(entry) === signatureTag(digest));
-  const other = index.manifests.filter((entry) => !own.includes(entry) && (/^sha256-[0-9a-f]{64}\.sig$/.test(named(entry)) || entry.annotations?.["kind"] === signaturesKind));
+  const other = index.manifests.filter(
+    (entry) => !own.includes(entry) && (/^sha256-[0-9a-f]{64}\.sig$/.test(named(entry)) || entry.annotations?.["kind"] === signaturesKind),
+  );
   return [...own, ...other];
 }
 
 /** The signatures a manifest holds; `readPayload` fetches a payload by digest. What is not a signature is passed over. */
-export async function readSignatureManifest(bytes: Uint8Array, readPayload: (digest: string) => Promise<Buffer>): Promise<ImageSignature[]> {
+export async function readSignatureManifest(
+  bytes: Uint8Array,
+  readPayload: (digest: string) => Promise<Buffer>,
+): Promise<ImageSignature[]> {
   const document = parseDocument(bytes, "the signature manifest");
   if (document.kind === "index") return [];
   const signatures: ImageSignature[] = [];
@@ -65,14 +70,24 @@ export async function attachSignature(layout: string, digest: string, signature:
   const payload = await put(Buffer.from(signature.payload, "base64"), mediaTypes.simpleSigning);
   const layers = [...earlier, { ...payload, annotations: { [signatureAnnotation]: signature.signature } }].slice(-maximumSignatures);
   const config = { architecture: "", os: "", config: {}, rootfs: { type: "layers", diff_ids: layers.map((layer) => layer.digest) } };
-  const document = { schemaVersion: 2, mediaType: mediaTypes.ociManifest, config: await put(Buffer.from(JSON.stringify(config)), mediaTypes.ociConfig), layers };
-  const entry = { ...(await put(Buffer.from(JSON.stringify(document)), mediaTypes.ociManifest)), annotations: { [nameAnnotation]: signatureTag(digest) } };
+  const document = {
+    schemaVersion: 2,
+    mediaType: mediaTypes.ociManifest,
+    config: await put(Buffer.from(JSON.stringify(config)), mediaTypes.ociConfig),
+    layers,
+  };
+  const entry = {
+    ...(await put(Buffer.from(JSON.stringify(document)), mediaTypes.ociManifest)),
+    annotations: { [nameAnnotation]: signatureTag(digest) },
+  };
   const manifests = [...index.manifests.filter((other) => other !== present), entry];
   await writeDurable(join(layout, "index.json"), JSON.stringify({ ...index, manifests }), 0o644);
 }
 
 /** Members Forge does not know must survive the rewrite. */
-const rawIndexSchema = z.looseObject({ manifests: z.array(z.looseObject({ digest: z.string(), annotations: z.record(z.string(), z.string()).optional() })) });
+const rawIndexSchema = z.looseObject({
+  manifests: z.array(z.looseObject({ digest: z.string(), annotations: z.record(z.string(), z.string()).optional() })),
+});
 
 async function readRawIndex(layout: string): Promise<z.infer<typeof rawIndexSchema>> {
   const bytes = await readIfExists(join(layout, "index.json"));

@@ -33,7 +33,11 @@ const archiveTimeoutMs = 10 * 60_000;
 
 /** Builds the image that `image.yaml` in `folder` describes, from the distribution's packages, into an OCI layout. */
 export async function buildImage(folder: string, options: BuildOptions = {}): Promise<BuiltImage> {
-  if (process.getuid?.() !== 0) throw new ForgeError("UNSUPPORTED", "building an image from packages needs root: files get owners, and maintainer scripts run in a chroot");
+  if (process.getuid?.() !== 0)
+    throw new ForgeError(
+      "UNSUPPORTED",
+      "building an image from packages needs root: files get owners, and maintainer scripts run in a chroot",
+    );
   const recipe = await readRecipe(folder);
   const epoch = options.sourceDateEpoch ?? defaultEpoch;
   const output = resolve(options.output ?? join(folder, "image"));
@@ -54,7 +58,9 @@ export async function buildImage(folder: string, options: BuildOptions = {}): Pr
     return { layout: output, ...image };
   } catch (error) {
     const known = toForgeError(error);
-    throw isDiskFull(known) ? new ForgeError("DISK_FULL", `no space left in ${dirname(output)} to build the image`, { cause: error }) : known;
+    throw isDiskFull(known)
+      ? new ForgeError("DISK_FULL", `no space left in ${dirname(output)} to build the image`, { cause: error })
+      : known;
   } finally {
     await rm(work, { recursive: true, force: true });
   }
@@ -66,12 +72,21 @@ async function refuseForeign(output: string): Promise<void> {
     if (errnoOf(error) === "ENOENT") return [];
     throw errnoOf(error) === "ENOTDIR" ? new ForgeError("CONFLICT", `${output} is a file`) : error;
   });
-  if (names.length > 0 && !names.includes("oci-layout")) throw new ForgeError("CONFLICT", `${output} exists and is no image layout: not replaced`);
+  if (names.length > 0 && !names.includes("oci-layout"))
+    throw new ForgeError("CONFLICT", `${output} exists and is no image layout: not replaced`);
 }
 
 async function bootstrap(recipe: ImageRecipe, rootfs: string, epoch: number): Promise<void> {
   const sources = await hostSources(recipe.suite);
-  const args = ["--quiet", "--mode=root", "--format=directory", "--variant=minbase", `--include=${recipe.packages.join(",")}`, recipe.suite, rootfs];
+  const args = [
+    "--quiet",
+    "--mode=root",
+    "--format=directory",
+    "--variant=minbase",
+    `--include=${recipe.packages.join(",")}`,
+    recipe.suite,
+    rootfs,
+  ];
   const env = { SOURCE_DATE_EPOCH: String(epoch), DEBIAN_FRONTEND: "noninteractive" };
   // Without sources of its own for the suite, mmdebstrap knows the distribution's.
   const input = sources.length === 0 ? {} : { input: `${sources.join("\n")}\n` };
@@ -80,12 +95,26 @@ async function bootstrap(recipe: ImageRecipe, rootfs: string, epoch: number): Pr
 
 /** Removes what differs between two runs or tells of the machine that built it. */
 async function makeReproducible(rootfs: string): Promise<void> {
-  const leftovers = ["var/cache/ldconfig/aux-cache", "var/cache/debconf/config.dat-old", "var/cache/debconf/templates.dat-old", "var/lib/dbus/machine-id", "etc/passwd-", "etc/group-", "etc/shadow-", "etc/gshadow-"];
+  const leftovers = [
+    "var/cache/ldconfig/aux-cache",
+    "var/cache/debconf/config.dat-old",
+    "var/cache/debconf/templates.dat-old",
+    "var/lib/dbus/machine-id",
+    "etc/passwd-",
+    "etc/group-",
+    "etc/shadow-",
+    "etc/gshadow-",
+  ];
   for (const path of leftovers) await rm(join(rootfs, path), { force: true });
   for (const folder of ["var/cache/apt", "var/lib/apt/lists", "var/log/apt", "tmp", "run/lock"]) await emptyFolder(join(rootfs, folder));
-  for (const name of ["alternatives.log", "bootstrap.log", "dpkg.log", "faillog", "lastlog"]) await rm(join(rootfs, "var/log", name), { force: true });
+  for (const name of ["alternatives.log", "bootstrap.log", "dpkg.log", "faillog", "lastlog"])
+    await rm(join(rootfs, "var/log", name), { force: true });
   await rm(join(rootfs, "etc/resolv.conf"), { force: true });
-  for (const [path, content] of [["etc/machine-id", ""], ["etc/resolv.conf", ""], ["etc/hostname", "localhost\n"]] as const) {
+  for (const [path, content] of [
+    ["etc/machine-id", ""],
+    ["etc/resolv.conf", ""],
+    ["etc/hostname", "localhost\n"],
+  ] as const) {
     await writeFile(join(rootfs, path), content);
     await chmod(join(rootfs, path), 0o644);
   }
@@ -105,7 +134,8 @@ async function addFile(folder: string, rootfs: string, file: ImageRecipe["files"
   // A link such as /var/run -> /run would lead to this machine's own /run.
   const parent = await realpath(dirname(target));
   const root = await realpath(rootfs);
-  if (parent !== root && !parent.startsWith(root + sep)) throw new ForgeError("INVALID_INPUT", `${file.to} lies behind a symbolic link that leads out of the image`);
+  if (parent !== root && !parent.startsWith(root + sep))
+    throw new ForgeError("INVALID_INPUT", `${file.to} lies behind a symbolic link that leads out of the image`);
   await rm(target, { force: true });
   await copyFile(resolve(folder, file.from), target).catch((error: unknown) => {
     throw errnoOf(error) === "ENOENT" ? new ForgeError("INVALID_INPUT", `there is no file ${resolve(folder, file.from)}`) : error;
@@ -116,11 +146,25 @@ async function addFile(folder: string, rootfs: string, file: ImageRecipe["files"
 }
 
 async function packFolder(rootfs: string, archive: string, epoch: number): Promise<void> {
-  const form = ["--format=pax", "--pax-option=delete=atime,delete=ctime", "--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"];
-  await run("tar", [...form, "--clamp-mtime", `--mtime=@${epoch}`, "--create", "--file", archive, "--directory", rootfs, "."], { timeoutMs: archiveTimeoutMs });
+  const form = [
+    "--format=pax",
+    "--pax-option=delete=atime,delete=ctime",
+    "--sort=name",
+    "--numeric-owner",
+    "--xattrs",
+    "--xattrs-include=*",
+  ];
+  await run("tar", [...form, "--clamp-mtime", `--mtime=@${epoch}`, "--create", "--file", archive, "--directory", rootfs, "."], {
+    timeoutMs: archiveTimeoutMs,
+  });
 }
 
-async function writeLayout(layout: string, archive: string, recipe: ImageRecipe, epoch: number): Promise<{ digest: string; sizeBytes: number }> {
+async function writeLayout(
+  layout: string,
+  archive: string,
+  recipe: ImageRecipe,
+  epoch: number,
+): Promise<{ digest: string; sizeBytes: number }> {
   const blobs = join(layout, "blobs", "sha256");
   await mkdir(blobs, { recursive: true, mode: 0o755 });
   const { diffId, descriptor: layer } = await writeLayer(archive, blobs);
@@ -131,7 +175,10 @@ async function writeLayout(layout: string, archive: string, recipe: ImageRecipe,
     return { mediaType, digest, size: bytes.length };
   };
   const created = new Date(epoch * 1000).toISOString();
-  const config = await put({ created, architecture: hostArchitecture(), os: "linux", config: runConfig(recipe), rootfs: { type: "layers", diff_ids: [diffId] } }, mediaTypes.ociConfig);
+  const config = await put(
+    { created, architecture: hostArchitecture(), os: "linux", config: runConfig(recipe), rootfs: { type: "layers", diff_ids: [diffId] } },
+    mediaTypes.ociConfig,
+  );
   const manifest = await put({ schemaVersion: 2, mediaType: mediaTypes.ociManifest, config, layers: [layer] }, mediaTypes.ociManifest);
   await writeDurable(join(layout, "oci-layout"), JSON.stringify({ imageLayoutVersion: "1.0.0" }), 0o644);
   const entry = { ...manifest, annotations: { "org.opencontainers.image.ref.name": "latest" } };
@@ -140,7 +187,10 @@ async function writeLayout(layout: string, archive: string, recipe: ImageRecipe,
 }
 
 /** Compresses the tar into a blob, hashing both sides of the compressor. */
-async function writeLayer(archive: string, blobs: string): Promise<{ diffId: string; descriptor: { mediaType: string; digest: string; size: number } }> {
+async function writeLayer(
+  archive: string,
+  blobs: string,
+): Promise<{ diffId: string; descriptor: { mediaType: string; digest: string; size: number } }> {
   const plain = createHash("sha256");
   const packed = createHash("sha256");
   const tap = (hash: typeof plain) =>
@@ -151,7 +201,13 @@ async function writeLayer(archive: string, blobs: string): Promise<{ diffId: str
       }
     };
   const temporary = join(blobs, ".layer.tmp");
-  await pipeline(createReadStream(archive, { highWaterMark: 1024 * 1024 }), tap(plain), createGzip({ level: 6 }), tap(packed), createWriteStream(temporary, { flush: true }));
+  await pipeline(
+    createReadStream(archive, { highWaterMark: 1024 * 1024 }),
+    tap(plain),
+    createGzip({ level: 6 }),
+    tap(packed),
+    createWriteStream(temporary, { flush: true }),
+  );
   const digest = `sha256:${packed.digest("hex")}`;
   await rename(temporary, join(blobs, hexOf(digest)));
   const { size } = await stat(join(blobs, hexOf(digest)));

@@ -27,20 +27,29 @@ async function* chunked(bytes: Buffer, size: number): AsyncGenerator<Buffer> {
 }
 
 function list(inode: Inode, path = ""): string[] {
-  return [...inode.children].flatMap(([name, child]) => (child.type === "directory" ? [`${path}${name}/`, ...list(child, `${path}${name}/`)] : [path + name])).sort();
+  return [...inode.children]
+    .flatMap(([name, child]) => (child.type === "directory" ? [`${path}${name}/`, ...list(child, `${path}${name}/`)] : [path + name]))
+    .sort();
 }
 
 const refusal = (reason: RegExp): object => expect.objectContaining({ code: "IMAGE_REFUSED", message: expect.stringMatching(reason) });
 
 describe("what layers amount to", () => {
   test("a whiteout removes what came before, not what its own layer brings", async () => {
-    expect(await treeOf([folder("d/"), file("d/a"), file("d/b")], [file("d/c"), file("d/.wh.a"), file("d/.wh.c"), file(".wh.absent")])).toEqual(["d/", "d/b", "d/c"]);
+    expect(
+      await treeOf([folder("d/"), file("d/a"), file("d/b")], [file("d/c"), file("d/.wh.a"), file("d/.wh.c"), file(".wh.absent")]),
+    ).toEqual(["d/", "d/b", "d/c"]);
   });
 
   test("an opaque folder hides its earlier content, wherever the mark stands", async () => {
     const lower = [folder("d/"), file("d/a"), folder("d/s/"), file("d/s/x")];
     expect(await treeOf(lower, [folder("d/"), file("d/.wh..wh..opq"), file("d/n")])).toEqual(["d/", "d/n"]);
-    expect(await treeOf(lower, [folder("d/"), file("d/n"), folder("d/s/"), file("d/s/y"), file("d/.wh..wh..opq")])).toEqual(["d/", "d/n", "d/s/", "d/s/y"]);
+    expect(await treeOf(lower, [folder("d/"), file("d/n"), folder("d/s/"), file("d/s/y"), file("d/.wh..wh..opq")])).toEqual([
+      "d/",
+      "d/n",
+      "d/s/",
+      "d/s/y",
+    ]);
   });
 
   test("a hard link outlives the name it was made from", async () => {
@@ -52,19 +61,22 @@ describe("what layers amount to", () => {
   });
 
   test("links to folders inside the image are followed, as /lib is", async () => {
-    expect(await treeOf([folder("usr/"), folder("usr/lib/"), symlink("lib", "usr/lib"), symlink("l2", "/usr/../lib")], [file("lib/a"), file("l2/b")])).toEqual([
-      "l2",
-      "lib",
-      "usr/",
-      "usr/lib/",
-      "usr/lib/a",
-      "usr/lib/b",
-    ]);
+    expect(
+      await treeOf(
+        [folder("usr/"), folder("usr/lib/"), symlink("lib", "usr/lib"), symlink("l2", "/usr/../lib")],
+        [file("lib/a"), file("l2/b")],
+      ),
+    ).toEqual(["l2", "lib", "usr/", "usr/lib/", "usr/lib/a", "usr/lib/b"]);
   });
 
   test("devices, fifos, owners and attributes are taken", async () => {
     const capability = { "SCHILY.xattr.security.capability": "\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0" };
-    const entries = [file("null", "", { type: "3", device: [1, 3] }), file("sda", "", { type: "4", device: [8, 0] }), file("p", "", { type: "6" }), file("ping", "x", { pax: { ...capability, uid: "3000000" } })];
+    const entries = [
+      file("null", "", { type: "3", device: [1, 3] }),
+      file("sda", "", { type: "4", device: [8, 0] }),
+      file("p", "", { type: "6" }),
+      file("ping", "x", { pax: { ...capability, uid: "3000000" } }),
+    ];
     expect(await treeOf(entries)).toEqual(["null", "p", "ping", "sda"]);
   });
 });
@@ -112,7 +124,11 @@ describe("hostile layers", () => {
     ["an overlay's attribute", [file("a", "", { pax: { "SCHILY.xattr.trusted.overlay.opaque": "y" } })], /overlayfs/],
     ["an attribute without a namespace", [file("a", "", { pax: { "SCHILY.xattr.evil": "y" } })], /extended attribute/],
     ["large attributes", [file("a", "", { pax: { "SCHILY.xattr.user.a": "x".repeat(4000) } })], /bytes of extended attributes/],
-    ["many attributes", [file("a", "", { pax: Object.fromEntries(Array.from({ length: 40 }, (_, index) => [`SCHILY.xattr.user.${index}`, ""])) })], /more than 32/],
+    [
+      "many attributes",
+      [file("a", "", { pax: Object.fromEntries(Array.from({ length: 40 }, (_, index) => [`SCHILY.xattr.user.${index}`, ""])) })],
+      /more than 32/,
+    ],
     ["an absurd pax header", [file("a", "", { pax: { comment: "x".repeat(70_000) } })], /absurd pax/],
   ])("%s is refused, by name", async (_, entries, reason) => {
     await expect(treeOf(entries)).rejects.toEqual(refusal(reason));
@@ -120,7 +136,18 @@ describe("hostile layers", () => {
 
   test("more entries than the limit", () => {
     const tree = new ImageTree();
-    const entry = { type: "file", linkName: "", mode: 0, uid: 0, gid: 0, sizeBytes: 0, mtimeSeconds: 0, deviceMajor: 0, deviceMinor: 0, xattrs: new Map<string, number>() } as const;
+    const entry = {
+      type: "file",
+      linkName: "",
+      mode: 0,
+      uid: 0,
+      gid: 0,
+      sizeBytes: 0,
+      mtimeSeconds: 0,
+      deviceMajor: 0,
+      deviceMinor: 0,
+      xattrs: new Map<string, number>(),
+    } as const;
     expect(() => {
       for (let index = 0; index <= imageLimits.entries; index += 1) tree.add({ ...entry, name: "same" });
     }).toThrow(refusal(/more than 400000 entries/) as Error);
@@ -137,7 +164,10 @@ describe("layers in a store", () => {
   afterAll(async () => {
     await rm(base, { recursive: true, force: true });
   });
-  const imported = async (name: string, ...more: [layers: Buffer[], options?: Parameters<typeof makeLayout>[2]]): Promise<Awaited<ReturnType<ImageStore["readManifest"]>>> => {
+  const imported = async (
+    name: string,
+    ...more: [layers: Buffer[], options?: Parameters<typeof makeLayout>[2]]
+  ): Promise<Awaited<ReturnType<ImageStore["readManifest"]>>> => {
     await makeLayout(join(base, name), ...more);
     const { digest } = await normalise({ kind: "folder", path: join(base, name) }, store);
     return store.readManifest(digest);
@@ -174,7 +204,9 @@ describe("layers in a store", () => {
   });
 
   test("a decompression bomb is refused long before it is spread out", async () => {
-    const manifest = await imported("bomb", [tar([{ name: "zeros", content: Buffer.alloc(80 * 1024 * 1024) }])], { compress: zstdCompressSync });
+    const manifest = await imported("bomb", [tar([{ name: "zeros", content: Buffer.alloc(80 * 1024 * 1024) }])], {
+      compress: zstdCompressSync,
+    });
     await expect(checkLayers(manifest, store)).rejects.toEqual(refusal(/bomb/));
   });
 
@@ -187,7 +219,15 @@ describe("layers in a store", () => {
   });
 
   test("documents that are not what they should be are refused with a code", async () => {
-    for (const text of ["", "{}", "[]", "null", '{"schemaVersion":2}', '{"schemaVersion":2,"manifests":[],"layers":[]}', `{"schemaVersion":2,"manifests":[{}]}`]) {
+    for (const text of [
+      "",
+      "{}",
+      "[]",
+      "null",
+      '{"schemaVersion":2}',
+      '{"schemaVersion":2,"manifests":[],"layers":[]}',
+      `{"schemaVersion":2,"manifests":[{}]}`,
+    ]) {
       const bytes = Buffer.from(text);
       await store.putDocument(digestOf(bytes), bytes);
       await expect(store.readManifest(digestOf(bytes))).rejects.toMatchObject({ code: expect.stringMatching(/^IMAGE_(CORRUPT|REFUSED)$/) });
@@ -196,7 +236,10 @@ describe("layers in a store", () => {
 });
 
 describe("fuzzing", () => {
-  const name = fc.oneof(fc.constantFrom("a", "b", "a/b", "a/b/c", "./a", "a/", "../a", "/a", ".wh.a", "a/.wh..wh..opq", "s", "s/x", "s/../x", "é"), fc.string({ maxLength: 12 }));
+  const name = fc.oneof(
+    fc.constantFrom("a", "b", "a/b", "a/b/c", "./a", "a/", "../a", "/a", ".wh.a", "a/.wh..wh..opq", "s", "s/x", "s/../x", "é"),
+    fc.string({ maxLength: 12 }),
+  );
   const entry: fc.Arbitrary<TarEntry> = fc.record(
     {
       name,
@@ -206,7 +249,10 @@ describe("fuzzing", () => {
       mode: fc.nat(),
       uid: fc.nat(),
       device: fc.tuple(fc.nat(5000), fc.nat()),
-      pax: fc.dictionary(fc.constantFrom("path", "linkpath", "size", "uid", "mtime", "SCHILY.xattr.user.a", "GNU.sparse.size", "__proto__"), fc.string({ maxLength: 12 }).map((text) => Buffer.from(text).toString("latin1"))),
+      pax: fc.dictionary(
+        fc.constantFrom("path", "linkpath", "size", "uid", "mtime", "SCHILY.xattr.user.a", "GNU.sparse.size", "__proto__"),
+        fc.string({ maxLength: 12 }).map((text) => Buffer.from(text).toString("latin1")),
+      ),
       claimedBytes: fc.oneof(fc.nat(2000), fc.nat()),
     },
     { requiredKeys: ["name"] },
@@ -223,11 +269,21 @@ describe("fuzzing", () => {
   };
 
   test("any sequence of entries ends, in a tree inside its root or a refusal", async () => {
-    await fc.assert(fc.asyncProperty(fc.array(entry, { maxLength: 12 }), async (entries) => survives(tar(entries))), { numRuns: 200, interruptAfterTimeLimit: 20_000 });
+    await fc.assert(
+      fc.asyncProperty(fc.array(entry, { maxLength: 12 }), async (entries) => survives(tar(entries))),
+      { numRuns: 200, interruptAfterTimeLimit: 20_000 },
+    );
   }, 30_000);
 
   test("any mutation of a good archive ends likewise", async () => {
-    const good = tar([folder("d/"), file("d/f", "content", { pax: { "SCHILY.xattr.user.a": "b" } }), hardLink("h", "d/f"), symlink("s", "d"), file(`d/${"x".repeat(120)}`), file("d/.wh.q")]);
+    const good = tar([
+      folder("d/"),
+      file("d/f", "content", { pax: { "SCHILY.xattr.user.a": "b" } }),
+      hardLink("h", "d/f"),
+      symlink("s", "d"),
+      file(`d/${"x".repeat(120)}`),
+      file("d/.wh.q"),
+    ]);
     const mutation = fc.array(fc.tuple(fc.nat(good.length - 1), fc.nat(255)), { minLength: 1, maxLength: 6 });
     const property = fc.asyncProperty(mutation, fc.nat(good.length), async (changes, length) => {
       const bytes = Buffer.from(good);

@@ -14,7 +14,11 @@ import { type EntryType, ImageTree, imageLimits, type LayerEntry, refused } from
  * tar, every entry. `keep` receives each plain tar, so that what is unpacked later is what was checked here.
  * Throws IMAGE_CORRUPT when bytes are not what their digest says, IMAGE_REFUSED for what Forge does not take.
  */
-export async function checkLayers(manifest: ImageManifest, store: ImageStore, keep?: (layer: ImageLayer) => Promise<FileHandle>): Promise<ImageTree> {
+export async function checkLayers(
+  manifest: ImageManifest,
+  store: ImageStore,
+  keep?: (layer: ImageLayer) => Promise<FileHandle>,
+): Promise<ImageTree> {
   const tree = new ImageTree();
   let totalBytes = 0;
   for (const layer of manifest.layers) {
@@ -29,9 +33,16 @@ export async function checkLayers(manifest: ImageManifest, store: ImageStore, ke
   return tree;
 }
 
-async function checkLayer(layer: ImageLayer, store: ImageStore, tree: ImageTree, maxBytes: number, keep: FileHandle | undefined): Promise<number> {
+async function checkLayer(
+  layer: ImageLayer,
+  store: ImageStore,
+  tree: ImageTree,
+  maxBytes: number,
+  keep: FileHandle | undefined,
+): Promise<number> {
   const { digest, mediaType } = layer.descriptor;
-  if (!layerMediaType.test(mediaType)) throw new ForgeError("IMAGE_REFUSED", `the layer ${digest} has the media type ${JSON.stringify(mediaType.slice(0, 100))}`);
+  if (!layerMediaType.test(mediaType))
+    throw new ForgeError("IMAGE_REFUSED", `the layer ${digest} has the media type ${JSON.stringify(mediaType.slice(0, 100))}`);
   const stored = createHash("sha256");
   const plain = createHash("sha256");
   const counter = { storedBytes: 0, plainBytes: 0 };
@@ -43,7 +54,8 @@ async function checkLayer(layer: ImageLayer, store: ImageStore, tree: ImageTree,
   }
   if (`sha256:${stored.digest("hex")}` !== digest) throw changed(digest);
   const diffId = `sha256:${plain.digest("hex")}`;
-  if (diffId !== layer.diffId) throw new ForgeError("IMAGE_CORRUPT", `the layer ${digest} unpacks to ${diffId}; its config says ${layer.diffId}`);
+  if (diffId !== layer.diffId)
+    throw new ForgeError("IMAGE_CORRUPT", `the layer ${digest} unpacks to ${diffId}; its config says ${layer.diffId}`);
   return counter.plainBytes;
 }
 
@@ -92,9 +104,15 @@ async function* bounded(
 ): AsyncGenerator<Buffer> {
   for await (const chunk of source) {
     counter.plainBytes += chunk.length;
-    if (counter.plainBytes > maxBytes) throw new ForgeError("IMAGE_REFUSED", `the image unpacks to more than ${imageLimits.uncompressedBytes} bytes`);
-    const isSuspect = counter.plainBytes > imageLimits.compressionFreeBytes && counter.plainBytes > counter.storedBytes * imageLimits.compressionRatio;
-    if (isSuspect) throw new ForgeError("IMAGE_REFUSED", `the layer ${digest} is a decompression bomb: more than ${imageLimits.compressionRatio} times its size`);
+    if (counter.plainBytes > maxBytes)
+      throw new ForgeError("IMAGE_REFUSED", `the image unpacks to more than ${imageLimits.uncompressedBytes} bytes`);
+    const isSuspect =
+      counter.plainBytes > imageLimits.compressionFreeBytes && counter.plainBytes > counter.storedBytes * imageLimits.compressionRatio;
+    if (isSuspect)
+      throw new ForgeError(
+        "IMAGE_REFUSED",
+        `the layer ${digest} is a decompression bomb: more than ${imageLimits.compressionRatio} times its size`,
+      );
     hash.update(chunk);
     await keep?.writeFile(chunk);
     yield chunk;
@@ -127,7 +145,15 @@ export async function readTar(source: AsyncIterable<Buffer>, tree: ImageTree): P
 }
 
 /** The types Forge takes. GNU sparse files, multi-volume parts and contiguous files are of no use in an image. */
-const entryTypes = new Set<string>(["file", "directory", "symlink", "link", "character-device", "block-device", "fifo"] satisfies EntryType[]);
+const entryTypes = new Set<string>([
+  "file",
+  "directory",
+  "symlink",
+  "link",
+  "character-device",
+  "block-device",
+  "fifo",
+] satisfies EntryType[]);
 const xattrPrefix = "SCHILY.xattr.";
 
 function entryOf(header: Header): LayerEntry {

@@ -39,10 +39,20 @@ async function flip(path: string): Promise<void> {
 
 describe("a layout's folder", () => {
   test("is brought into the store whole, with its config", async () => {
-    const made = await makeLayout(join(base, "image"), [layer, otherLayer], { run: { User: "www", Env: ["A=b"], Cmd: ["x"], ExposedPorts: { "80/tcp": {} }, Entrypoint: null } });
+    const made = await makeLayout(join(base, "image"), [layer, otherLayer], {
+      run: { User: "www", Env: ["A=b"], Cmd: ["x"], ExposedPorts: { "80/tcp": {} }, Entrypoint: null },
+    });
     expect(await normalise(at("./image"), store)).toEqual({ digest: made.digest, signatures: [] });
     const manifest = await store.readManifest(made.digest);
-    expect(manifest.config).toEqual({ user: "www", env: ["A=b"], entrypoint: [], cmd: ["x"], workingDir: "", exposedPorts: ["80/tcp"], stopSignal: "" });
+    expect(manifest.config).toEqual({
+      user: "www",
+      env: ["A=b"],
+      entrypoint: [],
+      cmd: ["x"],
+      workingDir: "",
+      exposedPorts: ["80/tcp"],
+      stopSignal: "",
+    });
     const plan = await pushPlan(made.digest, store);
     expect(plan.map(({ digest }) => digest)).toEqual([...made.layers, made.config, made.digest]);
     expect(plan.every(({ sizeBytes, path }) => sizeBytes > 0 && path.startsWith(base))).toBe(true);
@@ -56,7 +66,9 @@ describe("a layout's folder", () => {
     expect(signatures).toHaveLength(2);
     expect(verifySignatures(digest, signatures, trusted)).toEqual({ keyName: "team" });
     expect(verifySignatures(digest, signatures, [{ name: "other", publicKeyPem: other.publicKeyPem }])).toEqual({ keyName: "other" });
-    expect(JSON.parse(await readFile(join(base, "image/index.json"), "utf8"))).toMatchObject({ manifests: [{}, { annotations: { "org.opencontainers.image.ref.name": signatureTag(digest) } }] });
+    expect(JSON.parse(await readFile(join(base, "image/index.json"), "utf8"))).toMatchObject({
+      manifests: [{}, { annotations: { "org.opencontainers.image.ref.name": signatureTag(digest) } }],
+    });
   });
 
   test("unsigned, re-tagged after signing, and byte-flipped: three refusals", async () => {
@@ -71,12 +83,16 @@ describe("a layout's folder", () => {
     await writeIndex(join(base, "image"), [...moved.manifests, ...index.manifests.slice(1)]);
     const second = await normalise(at("./image"), store);
     expect(second.digest).not.toBe(unsigned.digest);
-    expect(() => verifySignatures(second.digest, second.signatures, trusted)).toThrow(expect.objectContaining({ code: "IMAGE_SIGNATURE_MISMATCH" }));
+    expect(() => verifySignatures(second.digest, second.signatures, trusted)).toThrow(
+      expect.objectContaining({ code: "IMAGE_SIGNATURE_MISMATCH" }),
+    );
 
     for (const digest of [...unsigned.layers, unsigned.config, unsigned.digest]) {
       const again = await makeLayout(join(base, "flipped"), [layer]);
       await flip(join(base, "flipped/blobs/sha256", digest.slice(7)));
-      await expect(normalise(at("./flipped"), store), "also where the store has the good bytes").rejects.toMatchObject({ code: "IMAGE_CORRUPT" });
+      await expect(normalise(at("./flipped"), store), "also where the store has the good bytes").rejects.toMatchObject({
+        code: "IMAGE_CORRUPT",
+      });
       expect(again.digest).toBe(unsigned.digest);
     }
   });
@@ -86,9 +102,13 @@ describe("a layout's folder", () => {
     const size = (await readFile(join(base, "image/blobs/sha256", made.digest.slice(7)))).length;
     const entry = { mediaType: "application/vnd.oci.image.manifest.v1+json", digest: made.digest, size };
     const foreign = { ...entry, digest: `sha256:${"0".repeat(64)}`, platform: { os: "linux", architecture: "s390x" } };
-    const nested = Buffer.from(JSON.stringify({ schemaVersion: 2, manifests: [foreign, { ...entry, platform: { os: "linux", architecture: hostArchitecture() } }] }));
+    const nested = Buffer.from(
+      JSON.stringify({ schemaVersion: 2, manifests: [foreign, { ...entry, platform: { os: "linux", architecture: hostArchitecture() } }] }),
+    );
     await writeFile(join(base, "image/blobs/sha256", digestOf(nested).slice(7)), nested);
-    await writeIndex(join(base, "image"), [{ mediaType: "application/vnd.oci.image.index.v1+json", digest: digestOf(nested), size: nested.length }]);
+    await writeIndex(join(base, "image"), [
+      { mediaType: "application/vnd.oci.image.index.v1+json", digest: digestOf(nested), size: nested.length },
+    ]);
     const { digest } = await normalise(at("./image"), store);
     expect(digest).toBe(digestOf(nested));
     expect((await store.readManifest(digest)).manifestDigest).toBe(made.digest);
@@ -108,7 +128,10 @@ describe("a layout's folder", () => {
     await expect(normalise(at("oci:./image:three"), store)).rejects.toMatchObject({ code: "IMAGE_NOT_FOUND" });
     expect((await normalise(at("oci:./image:one"), store)).digest).toBe(one.digest);
     await rm(join(base, "image/blobs/sha256", (one.layers[0] ?? "").slice(7)));
-    await expect(normalise(at("oci:./image:one"), store)).rejects.toMatchObject({ code: "IMAGE_CORRUPT", message: expect.stringContaining("lacks") });
+    await expect(normalise(at("oci:./image:one"), store)).rejects.toMatchObject({
+      code: "IMAGE_CORRUPT",
+      message: expect.stringContaining("lacks"),
+    });
   });
 });
 
@@ -136,7 +159,13 @@ describe("archives", () => {
 
   test("a docker archive has the same digest each time, and its layers", async () => {
     await makeLayout(join(base, "image"), [layer, otherLayer]);
-    await run("skopeo", ["--insecure-policy", "copy", "--quiet", `oci:${join(base, "image")}:latest`, `docker-archive:${join(base, "image.tar")}:example.org/app:v1`]);
+    await run("skopeo", [
+      "--insecure-policy",
+      "copy",
+      "--quiet",
+      `oci:${join(base, "image")}:latest`,
+      `docker-archive:${join(base, "image.tar")}:example.org/app:v1`,
+    ]);
     const first = await normalise(at("docker-archive:image.tar"), store);
     const again = await normalise(at("docker-archive:image.tar:v1"), await ImageStore.open(join(base, "other")));
     expect(again).toEqual(first);
@@ -153,7 +182,9 @@ describe("archives", () => {
     await writeFile(join(base, "empty.tar"), "");
     for (const name of ["cut.tar", "noise.tar", "empty.tar"]) {
       for (const kind of ["oci-archive", "docker-archive"]) {
-        await expect(normalise(at(`${kind}:${name}`), store)).rejects.toMatchObject({ code: expect.stringMatching(/^IMAGE_(CORRUPT|NOT_FOUND)$/) });
+        await expect(normalise(at(`${kind}:${name}`), store)).rejects.toMatchObject({
+          code: expect.stringMatching(/^IMAGE_(CORRUPT|NOT_FOUND)$/),
+        });
       }
     }
   });

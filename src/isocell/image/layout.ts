@@ -31,7 +31,10 @@ export interface BlobToPush {
 export async function normalise(reference: LocalReference, store: ImageStore): Promise<ResolvedImage> {
   await requireExists(reference);
   if (reference.kind === "folder") return importLayout(await folderBlobs(reference.path), reference, store);
-  const image = reference.kind === "oci-archive" ? await importLayout(await archiveBlobs(reference.path, store), reference, store) : await importDockerArchive(reference, store);
+  const image =
+    reference.kind === "oci-archive"
+      ? await importLayout(await archiveBlobs(reference.path, store), reference, store)
+      : await importDockerArchive(reference, store);
   return { digest: image.digest, signatures: [...(await readSidecar(reference.path)), ...image.signatures].slice(0, maximumSignatures) };
 }
 
@@ -51,7 +54,9 @@ export async function signImage(reference: LocalReference, store: ImageStore, pr
 export async function pushPlan(digest: string, store: ImageStore): Promise<BlobToPush[]> {
   const { manifestDigest, configDescriptor, layers } = await store.readManifest(digest);
   const digests = new Set([...layers.map(({ descriptor }) => descriptor.digest), configDescriptor.digest, manifestDigest, digest]);
-  return Promise.all([...digests].map(async (each) => ({ digest: each, sizeBytes: (await store.blobSize(each)) ?? 0, path: store.blobPath(each) })));
+  return Promise.all(
+    [...digests].map(async (each) => ({ digest: each, sizeBytes: (await store.blobSize(each)) ?? 0, path: store.blobPath(each) })),
+  );
 }
 
 /** Where the blobs of a layout lie: its folder, or the store that its archive was read into. */
@@ -64,9 +69,13 @@ async function importLayout(blobs: LayoutBlobs, reference: LocalReference, store
   const entry = selectEntry(blobs.index, reference);
   const document = parseDocument(await importDocument(entry.digest, blobs, store), `the document ${entry.digest}`);
   const manifestDigest = document.kind === "manifest" ? entry.digest : selectPlatform(document.index, `the index ${entry.digest}`).digest;
-  const child = document.kind === "manifest" ? document : parseDocument(await importDocument(manifestDigest, blobs, store), `the manifest ${manifestDigest}`);
+  const child =
+    document.kind === "manifest"
+      ? document
+      : parseDocument(await importDocument(manifestDigest, blobs, store), `the manifest ${manifestDigest}`);
   if (child.kind === "index") throw new ForgeError("IMAGE_REFUSED", `the manifest ${manifestDigest} is an index inside an index`);
-  for (const { digest } of [child.manifest.config, ...child.manifest.layers]) await importBlob(digest, blobs.pathOf(digest), store, maximumBlobBytes);
+  for (const { digest } of [child.manifest.config, ...child.manifest.layers])
+    await importBlob(digest, blobs.pathOf(digest), store, maximumBlobBytes);
   await store.readManifest(entry.digest);
   return { digest: entry.digest, signatures: await readLayoutSignatures(entry.digest, blobs) };
 }
@@ -94,7 +103,9 @@ async function readLayoutSignatures(digest: string, blobs: LayoutBlobs): Promise
   const signatures: ImageSignature[] = [];
   for (const entry of findSignatureEntries(blobs.index, digest)) {
     if (signatures.length >= maximumSignatures) break;
-    signatures.push(...(await readSignatureManifest(await read(entry.digest, maximumDocumentBytes), (blob) => read(blob, maximumSignatureBytes))));
+    signatures.push(
+      ...(await readSignatureManifest(await read(entry.digest, maximumDocumentBytes), (blob) => read(blob, maximumSignatureBytes))),
+    );
   }
   return signatures.slice(0, maximumSignatures);
 }
@@ -112,7 +123,8 @@ function selectEntry(index: ImageIndex, reference: LocalReference): Descriptor {
   const { tag } = reference;
   const found = tag === undefined ? images : images.filter((entry) => nameOf(entry) === tag || nameOf(entry)?.endsWith(`:${tag}`));
   const first = found[0];
-  if (first === undefined) throw new ForgeError("IMAGE_NOT_FOUND", `${reference.path} holds no image${tag === undefined ? "" : ` with the tag ${tag}`}`);
+  if (first === undefined)
+    throw new ForgeError("IMAGE_NOT_FOUND", `${reference.path} holds no image${tag === undefined ? "" : ` with the tag ${tag}`}`);
   if (found.some(({ digest }) => digest !== first.digest)) {
     throw new ForgeError("INVALID_INPUT", `${reference.path} holds several images: name one by its tag, as oci:PATH:TAG`);
   }
@@ -122,7 +134,11 @@ function selectEntry(index: ImageIndex, reference: LocalReference): Descriptor {
 /** Signatures, attestations and the like, which share the index with images. */
 function isAttachment(entry: Descriptor): boolean {
   const kind = entry.annotations?.["kind"] ?? "";
-  return /^sha256-[0-9a-f]{64}\.[a-z]+$/.test(nameOf(entry) ?? "") || /^dev\.cosignproject\.cosign\/(?!image)/.test(kind) || entry.annotations?.["vnd.docker.reference.type"] !== undefined;
+  return (
+    /^sha256-[0-9a-f]{64}\.[a-z]+$/.test(nameOf(entry) ?? "") ||
+    /^dev\.cosignproject\.cosign\/(?!image)/.test(kind) ||
+    entry.annotations?.["vnd.docker.reference.type"] !== undefined
+  );
 }
 
 function nameOf(entry: Descriptor): string | undefined {
@@ -153,7 +169,10 @@ const dockerManifestSchema = z.array(z.object({ RepoTags: z.array(z.string()).nu
 /** `docker save` archives have no manifest; skopeo makes one that names the layers as they lie there, so the digest is stable. */
 async function importDockerArchive(reference: ArchiveReference, store: ImageStore): Promise<ResolvedImage> {
   const position = await positionInDockerArchive(reference);
-  return store.withTemporary(async (folder) => ({ digest: await copyToFolder(`docker-archive:${reference.path}:@${position}`, folder, store), signatures: [] }));
+  return store.withTemporary(async (folder) => ({
+    digest: await copyToFolder(`docker-archive:${reference.path}:@${position}`, folder, store),
+    signatures: [],
+  }));
 }
 
 async function positionInDockerArchive({ path, tag }: ArchiveReference): Promise<number> {
@@ -164,8 +183,10 @@ async function positionInDockerArchive({ path, tag }: ArchiveReference): Promise
   if (document === undefined) throw new ForgeError("IMAGE_NOT_FOUND", `${path} is no docker archive: it has no manifest.json`);
   const images = parseDockerManifest(document);
   const found = tag === undefined ? 0 : images.findIndex(({ RepoTags }) => RepoTags?.some((name) => name.endsWith(`:${tag}`)) === true);
-  if (images.length === 0 || found === -1) throw new ForgeError("IMAGE_NOT_FOUND", `${path} holds no image${tag === undefined ? "" : ` with the tag ${tag}`}`);
-  if (tag === undefined && images.length > 1) throw new ForgeError("INVALID_INPUT", `${path} holds several images: name one by its tag, as docker-archive:PATH:TAG`);
+  if (images.length === 0 || found === -1)
+    throw new ForgeError("IMAGE_NOT_FOUND", `${path} holds no image${tag === undefined ? "" : ` with the tag ${tag}`}`);
+  if (tag === undefined && images.length > 1)
+    throw new ForgeError("INVALID_INPUT", `${path} holds several images: name one by its tag, as docker-archive:PATH:TAG`);
   return found;
 }
 
@@ -191,7 +212,9 @@ async function readArchive(path: string, onEntry: (header: Header, content: Asyn
     await feeding;
   } catch (error) {
     if (error instanceof ForgeError && error.code !== "INTERNAL") throw error;
-    throw new ForgeError("IMAGE_CORRUPT", `${path} is not a readable archive: ${toForgeError(error).message.slice(0, 200)}`, { cause: error });
+    throw new ForgeError("IMAGE_CORRUPT", `${path} is not a readable archive: ${toForgeError(error).message.slice(0, 200)}`, {
+      cause: error,
+    });
   }
 }
 
@@ -245,7 +268,8 @@ async function readBounded(path: string, maxBytes: number): Promise<Buffer | und
 async function requireExists(reference: LocalReference): Promise<void> {
   try {
     const { isDirectory } = await stat(reference.path).then((stats) => ({ isDirectory: stats.isDirectory() }));
-    if (isDirectory !== (reference.kind === "folder")) throw new ForgeError("IMAGE_NOT_FOUND", `${reference.path} is ${isDirectory ? "a folder, not an archive" : "no folder"}`);
+    if (isDirectory !== (reference.kind === "folder"))
+      throw new ForgeError("IMAGE_NOT_FOUND", `${reference.path} is ${isDirectory ? "a folder, not an archive" : "no folder"}`);
   } catch (error) {
     if (errnoOf(error) === "ENOENT") throw new ForgeError("IMAGE_NOT_FOUND", `there is no ${reference.path}`);
     throw error;

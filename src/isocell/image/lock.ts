@@ -22,7 +22,10 @@ export async function tryLock(path: string): Promise<Release | undefined> {
 }
 
 async function acquire(path: string, wait: readonly string[]): Promise<Release | undefined> {
-  const child = spawn("flock", ["--exclusive", ...wait, "--conflict-exit-code", "75", path, "cat"], { env: childEnvironment, stdio: ["pipe", "pipe", "ignore"] });
+  const child = spawn("flock", ["--exclusive", ...wait, "--conflict-exit-code", "75", path, "cat"], {
+    env: childEnvironment,
+    stdio: ["pipe", "pipe", "ignore"],
+  });
   const ended = once(child, "close") as Promise<[number | null]>;
   ended.catch(() => undefined); // awaited below in every path
   child.stdin.on("error", () => undefined); // the child may end before it reads

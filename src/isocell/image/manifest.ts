@@ -32,7 +32,11 @@ const descriptorSchema = z.object({
 });
 export type Descriptor = z.infer<typeof descriptorSchema>;
 
-const indexSchema = z.object({ schemaVersion: z.literal(2), mediaType: z.string().optional(), manifests: z.array(descriptorSchema).max(4096) });
+const indexSchema = z.object({
+  schemaVersion: z.literal(2),
+  mediaType: z.string().optional(),
+  manifests: z.array(descriptorSchema).max(4096),
+});
 export type ImageIndex = z.infer<typeof indexSchema>;
 
 const manifestSchema = z.object({
@@ -93,7 +97,10 @@ export interface ImageManifest {
 }
 
 /** Either kind of document, told apart by its members and its media type, which must agree. */
-export function parseDocument(bytes: Uint8Array, name: string): { kind: "index"; index: ImageIndex } | { kind: "manifest"; manifest: ManifestDocument } {
+export function parseDocument(
+  bytes: Uint8Array,
+  name: string,
+): { kind: "index"; index: ImageIndex } | { kind: "manifest"; manifest: ManifestDocument } {
   const value = parseJson(bytes, name);
   const isIndex = typeof value === "object" && value !== null && "manifests" in value;
   // One body must not be both: https://github.com/advisories/GHSA-77vh-xpmg-72qh
@@ -110,9 +117,13 @@ export function parseIndex(bytes: Uint8Array, name: string): ImageIndex {
 export function parseConfig(bytes: Uint8Array, name: string, layerCount: number): { config: OciImageConfig; diffIds: readonly string[] } {
   const document = validate(configSchema, parseJson(bytes, name), name);
   const diffIds = document.rootfs.diff_ids;
-  if (diffIds.length !== layerCount) throw new ForgeError("IMAGE_CORRUPT", `${name} lists ${diffIds.length} diff_ids for ${layerCount} layers`);
+  if (diffIds.length !== layerCount)
+    throw new ForgeError("IMAGE_CORRUPT", `${name} lists ${diffIds.length} diff_ids for ${layerCount} layers`);
   if (document.os !== "linux" || document.architecture !== hostArchitecture()) {
-    throw new ForgeError("IMAGE_REFUSED", `the image is for ${document.os}/${document.architecture}; this machine is linux/${hostArchitecture()}`);
+    throw new ForgeError(
+      "IMAGE_REFUSED",
+      `the image is for ${document.os}/${document.architecture}; this machine is linux/${hostArchitecture()}`,
+    );
   }
   const run = document.config ?? {};
   const config: OciImageConfig = {
@@ -148,15 +159,26 @@ function parseJson(bytes: Uint8Array, name: string): unknown {
   }
 }
 
-function validate<T extends { mediaType?: string | undefined }>(schema: z.ZodType<T>, value: unknown, name: string, allowed: readonly string[]): T;
+function validate<T extends { mediaType?: string | undefined }>(
+  schema: z.ZodType<T>,
+  value: unknown,
+  name: string,
+  allowed: readonly string[],
+): T;
 function validate<T>(schema: z.ZodType<T>, value: unknown, name: string): T;
-function validate<T extends { mediaType?: string | undefined }>(schema: z.ZodType<T>, value: unknown, name: string, allowed?: readonly string[]): T {
+function validate<T extends { mediaType?: string | undefined }>(
+  schema: z.ZodType<T>,
+  value: unknown,
+  name: string,
+  allowed?: readonly string[],
+): T {
   const result = schema.safeParse(value);
   if (!result.success) {
     const issue = result.error.issues[0];
     throw new ForgeError("IMAGE_CORRUPT", `${name} is malformed at ${issue?.path.join(".") || "its top"}: ${issue?.message ?? "unknown"}`);
   }
   const mediaType = result.data.mediaType;
-  if (allowed !== undefined && mediaType !== undefined && !allowed.includes(mediaType)) throw new ForgeError("IMAGE_REFUSED", `${name} has the media type ${mediaType}`);
+  if (allowed !== undefined && mediaType !== undefined && !allowed.includes(mediaType))
+    throw new ForgeError("IMAGE_REFUSED", `${name} has the media type ${mediaType}`);
   return result.data;
 }

@@ -6,17 +6,28 @@ import { errnoOf, ForgeError } from "../../base/errors.ts";
 
 /** `image.yaml`: what an image is made of. Every object is strict. */
 
-const text = z.string().max(4096).regex(/^[^\0]*$/, "must not contain NUL");
+const text = z
+  .string()
+  .max(4096)
+  .regex(/^[^\0]*$/, "must not contain NUL");
 /** Neither an option nor a path for apt: a package name, optionally with architecture and version. */
-const packageSchema = z.string().regex(/^[a-z0-9][a-z0-9+.-]{0,127}(:[a-z0-9]{1,16})?(=[A-Za-z0-9.+:~-]{1,64})?$/, "must be a package name, optionally with =version");
+const packageSchema = z
+  .string()
+  .regex(/^[a-z0-9][a-z0-9+.-]{0,127}(:[a-z0-9]{1,16})?(=[A-Za-z0-9.+:~-]{1,64})?$/, "must be a package name, optionally with =version");
 
 const fileSchema = z.strictObject({
   /** A file, relative to image.yaml. */
   from: text.min(1),
   /** Where it lies in the image. */
   to: text.regex(/^\/[^/]/, "must be an absolute path").refine((path) => !path.split("/").includes(".."), "must not contain .."),
-  mode: z.string().regex(/^0?[0-7]{3,4}$/, "must be octal in quotes, such as \"0644\"").default("0644"),
-  owner: z.string().regex(/^[0-9]{1,9}:[0-9]{1,9}$/, "must be uid:gid in quotes, such as \"0:0\"").default("0:0"),
+  mode: z
+    .string()
+    .regex(/^0?[0-7]{3,4}$/, 'must be octal in quotes, such as "0644"')
+    .default("0644"),
+  owner: z
+    .string()
+    .regex(/^[0-9]{1,9}:[0-9]{1,9}$/, 'must be uid:gid in quotes, such as "0:0"')
+    .default("0:0"),
 });
 
 const recipeSchema = z.strictObject({
@@ -30,7 +41,10 @@ const recipeSchema = z.strictObject({
   user: text.default(""),
   workdir: text.regex(/^\//, "must be an absolute path").default("/"),
   ports: z.array(z.int().min(1).max(65_535)).max(64).default([]),
-  stopSignal: z.string().regex(/^SIG[A-Z0-9]{2,8}$/, "must be a signal's name such as SIGTERM").default("SIGTERM"),
+  stopSignal: z
+    .string()
+    .regex(/^SIG[A-Z0-9]{2,8}$/, "must be a signal's name such as SIGTERM")
+    .default("SIGTERM"),
 });
 export type ImageRecipe = z.output<typeof recipeSchema>;
 

@@ -42,17 +42,21 @@ const maximumLength = 512;
  * Throws INVALID_INPUT with the part that is wrong.
  */
 export function parseImageReference(text: string, baseFolder: string): ImageReference {
-  if (text === "" || text.length > maximumLength || /[\p{Cc}\p{Zs}]/u.test(text)) throw invalid(text, `it must be 1 to ${maximumLength} characters without blanks`);
+  if (text === "" || text.length > maximumLength || /[\p{Cc}\p{Zs}]/u.test(text))
+    throw invalid(text, `it must be 1 to ${maximumLength} characters without blanks`);
   const transport = /^(oci|oci-archive|docker-archive):(.*)$/.exec(text);
-  if (transport !== null) return parseLocal(transport[1] === "oci" ? "folder" : (transport[1] as ArchiveReference["kind"]), transport[2] ?? "", text, baseFolder);
-  if (text.startsWith("./") || text.startsWith("../") || text === "." || text === ".." || isAbsolute(text)) return { kind: "folder", path: resolve(baseFolder, text) };
+  if (transport !== null)
+    return parseLocal(transport[1] === "oci" ? "folder" : (transport[1] as ArchiveReference["kind"]), transport[2] ?? "", text, baseFolder);
+  if (text.startsWith("./") || text.startsWith("../") || text === "." || text === ".." || isAbsolute(text))
+    return { kind: "folder", path: resolve(baseFolder, text) };
   return parseRegistry(text);
 }
 
 /** The reference in the form parseImageReference reads back. */
 export function formatImageReference(reference: ImageReference): string {
   const tag = reference.tag === undefined ? "" : `:${reference.tag}`;
-  if (reference.kind === "registry") return `${reference.registry}/${reference.repository}${tag}${reference.digest === undefined ? "" : `@${reference.digest}`}`;
+  if (reference.kind === "registry")
+    return `${reference.registry}/${reference.repository}${tag}${reference.digest === undefined ? "" : `@${reference.digest}`}`;
   return `${reference.kind === "folder" ? "oci" : reference.kind}:${reference.path}${tag}`;
 }
 
@@ -77,9 +81,11 @@ function parseRegistry(text: string): RegistryReference {
   const slash = named.indexOf("/");
   const registry = slash === -1 ? "" : named.slice(0, slash);
   const isHost = registry === "localhost" || /[.:\]]/.test(registry);
-  if (!isHost) throw invalid(text, "name the registry's host (host/name:tag), or write ./ before a folder's path: there is no default registry");
+  if (!isHost)
+    throw invalid(text, "name the registry's host (host/name:tag), or write ./ before a folder's path: there is no default registry");
   const port = registryPattern.exec(registry)?.[2];
-  if (!registryPattern.test(registry) || (port !== undefined && (Number(port) < 1 || Number(port) > 65_535))) throw invalid(text, "the registry's host or port is malformed");
+  if (!registryPattern.test(registry) || (port !== undefined && (Number(port) < 1 || Number(port) > 65_535)))
+    throw invalid(text, "the registry's host or port is malformed");
   const rest = named.slice(slash + 1);
   const colon = rest.indexOf(":");
   const repository = matching(colon === -1 ? rest : rest.slice(0, colon), repositoryPattern, text, "repository");

@@ -27,7 +27,13 @@ afterAll(async () => {
   await rm(base, { recursive: true, force: true });
 });
 
-const reference = (repository: string, more: Partial<RegistryReference> = {}): RegistryReference => ({ kind: "registry", registry: registry.host, repository, tag: "v1", ...more });
+const reference = (repository: string, more: Partial<RegistryReference> = {}): RegistryReference => ({
+  kind: "registry",
+  registry: registry.host,
+  repository,
+  tag: "v1",
+  ...more,
+});
 const verify = async (image: { digest: string; signatures: Parameters<typeof verifySignatures>[1] }): Promise<void> => {
   verifySignatures(image.digest, image.signatures, [{ name: "team", publicKeyPem: key.publicKeyPem }]);
 };
@@ -37,7 +43,15 @@ async function push(repository: string, content: string, signed: boolean): Promi
   const path = join(base, repository);
   const made = await makeLayout(path, [tar([file("content", content)])]);
   const copy = async (from: string, to: string): Promise<unknown> =>
-    run("skopeo", ["--insecure-policy", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false", `oci:${path}:${from}`, `docker://${registry.host}/${repository}:${to}`]);
+    run("skopeo", [
+      "--insecure-policy",
+      "copy",
+      "--quiet",
+      "--preserve-digests",
+      "--dest-tls-verify=false",
+      `oci:${path}:${from}`,
+      `docker://${registry.host}/${repository}:${to}`,
+    ]);
   await copy("latest", "v1");
   if (signed) {
     await signImage({ kind: "folder", path }, await ImageStore.open(join(base, `${repository}-store`)), key.privateKeyPem);
@@ -61,7 +75,10 @@ describe("a registry", () => {
     expect(seen).toBe(made.digest);
     expect(image.digest).toBe(made.digest);
     expect((await store.readManifest(made.digest)).layers.map(({ descriptor }) => descriptor.digest)).toEqual(made.layers);
-    expect(registry.requests().some((line) => line.startsWith("GET") && line.includes(made.layers[0] ?? "?")), "the log this suite rests on").toBe(true);
+    expect(
+      registry.requests().some((line) => line.startsWith("GET") && line.includes(made.layers[0] ?? "?")),
+      "the log this suite rests on",
+    ).toBe(true);
     expect(await pull(reference("good", { digest: made.digest }), store, { insecureLoopback: true, verify })).toEqual(image);
   });
 
@@ -82,16 +99,34 @@ describe("a registry", () => {
     const first = await push("copied", "one", true);
     const second = await makeLayout(join(base, "copied"), [tar([file("content", "two")])]);
     const docker = `docker://${registry.host}/copied`;
-    await run("skopeo", ["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", `oci:${join(base, "copied")}:latest`, `${docker}:v2`]);
+    await run("skopeo", [
+      "--insecure-policy",
+      "copy",
+      "--quiet",
+      "--dest-tls-verify=false",
+      `oci:${join(base, "copied")}:latest`,
+      `${docker}:v2`,
+    ]);
     const tls = ["--src-tls-verify=false", "--dest-tls-verify=false"];
-    await run("skopeo", ["--insecure-policy", "copy", "--quiet", ...tls, `${docker}:${signatureTag(first.digest)}`, `${docker}:${signatureTag(second.digest)}`]);
-    await expect(pull(reference("copied", { tag: "v2" }), store, { insecureLoopback: true, verify })).rejects.toMatchObject({ code: "IMAGE_SIGNATURE_MISMATCH" });
+    await run("skopeo", [
+      "--insecure-policy",
+      "copy",
+      "--quiet",
+      ...tls,
+      `${docker}:${signatureTag(first.digest)}`,
+      `${docker}:${signatureTag(second.digest)}`,
+    ]);
+    await expect(pull(reference("copied", { tag: "v2" }), store, { insecureLoopback: true, verify })).rejects.toMatchObject({
+      code: "IMAGE_SIGNATURE_MISMATCH",
+    });
   });
 
   test("what is not there, does not answer, or speaks no TLS is said", async () => {
     await push("there", "x", false);
     await expect(pull(reference("absent"), store, { insecureLoopback: true, verify })).rejects.toMatchObject({ code: "IMAGE_NOT_FOUND" });
-    await expect(pull(reference("there", { tag: "v9" }), store, { insecureLoopback: true, verify })).rejects.toMatchObject({ code: "IMAGE_NOT_FOUND" });
+    await expect(pull(reference("there", { tag: "v9" }), store, { insecureLoopback: true, verify })).rejects.toMatchObject({
+      code: "IMAGE_NOT_FOUND",
+    });
     await expect(pull(reference("there"), store, { verify })).rejects.toMatchObject({ code: "UNAVAILABLE" });
     const nobody = { ...reference("there"), registry: "127.0.0.1:1" };
     await expect(pull(nobody, store, { insecureLoopback: true, verify })).rejects.toMatchObject({ code: "UNAVAILABLE" });
@@ -99,8 +134,15 @@ describe("a registry", () => {
 
   test("what is signed here is a signature of cosign's form", async () => {
     const made = await push("form", "f", true);
-    const raw = await run("skopeo", ["inspect", "--raw", "--tls-verify=false", `docker://${registry.host}/form:${signatureTag(made.digest)}`]);
-    const captured = JSON.parse(await readFile(join(import.meta.dirname, "fixtures/cosign.json"), "utf8")) as { saved: { manifest: { layers: { mediaType: string; annotations: object }[] } } };
+    const raw = await run("skopeo", [
+      "inspect",
+      "--raw",
+      "--tls-verify=false",
+      `docker://${registry.host}/form:${signatureTag(made.digest)}`,
+    ]);
+    const captured = JSON.parse(await readFile(join(import.meta.dirname, "fixtures/cosign.json"), "utf8")) as {
+      saved: { manifest: { layers: { mediaType: string; annotations: object }[] } };
+    };
     const own = JSON.parse(raw) as typeof captured.saved.manifest;
     expect(own.layers.map(({ mediaType, annotations }) => [mediaType, Object.keys(annotations)])).toEqual(
       captured.saved.manifest.layers.map(({ mediaType, annotations }) => [mediaType, Object.keys(annotations)]),

@@ -23,7 +23,8 @@ export async function pull(reference: RegistryReference, store: ImageStore, opti
   const document = await inspectRaw(`${repository}${selector(reference)}`, plainHttp);
   if (document === undefined) throw new ForgeError("IMAGE_NOT_FOUND", `the registry has no ${formatImageReference(reference)}`);
   const digest = digestOf(document);
-  if (reference.digest !== undefined && reference.digest !== digest) throw new ForgeError("IMAGE_CORRUPT", `the registry answered ${digest} when asked for ${reference.digest}`);
+  if (reference.digest !== undefined && reference.digest !== digest)
+    throw new ForgeError("IMAGE_CORRUPT", `the registry answered ${digest} when asked for ${reference.digest}`);
 
   const image = { digest, signatures: await fetchSignatures(repository, digest, store, plainHttp) };
   await options.verify(image);
@@ -45,12 +46,17 @@ async function fetchSignatures(repository: string, digest: string, store: ImageS
   if (document.kind === "index") return [];
   const blobs = [document.manifest.config, ...document.manifest.layers];
   if (blobs.length > maximumSignatures + 1 || blobs.some(({ size }) => size > maximumSignatureBytes)) {
-    throw new ForgeError("IMAGE_REFUSED", `${signatureTag(digest)} holds more than ${maximumSignatures} signatures or one of more than ${maximumSignatureBytes} bytes`);
+    throw new ForgeError(
+      "IMAGE_REFUSED",
+      `${signatureTag(digest)} holds more than ${maximumSignatures} signatures or one of more than ${maximumSignatureBytes} bytes`,
+    );
   }
   return store.withTemporary(async (folder) => {
     const copied = await copyToFolder(`${repository}@${digestOf(bytes)}`, folder, store, plainHttp);
     if (copied !== digestOf(bytes)) throw new ForgeError("IMAGE_CORRUPT", "the registry changed its answer about the signatures");
-    return readSignatureManifest(await readFile(join(folder, "image", "manifest.json")), (blob) => store.readBlob(blob, maximumSignatureBytes));
+    return readSignatureManifest(await readFile(join(folder, "image", "manifest.json")), (blob) =>
+      store.readBlob(blob, maximumSignatureBytes),
+    );
   });
 }
 
@@ -62,7 +68,8 @@ async function fetchImage(repository: string, document: Buffer, digest: string, 
   }
   await store.withTemporary(async (folder) => {
     const copied = await copyToFolder(`${repository}@${manifestDigest}`, folder, store, plainHttp);
-    if (copied !== manifestDigest) throw new ForgeError("IMAGE_CORRUPT", `the registry answered ${copied} when asked for ${manifestDigest}`);
+    if (copied !== manifestDigest)
+      throw new ForgeError("IMAGE_CORRUPT", `the registry answered ${copied} when asked for ${manifestDigest}`);
   });
   await store.putDocument(digest, document);
   await store.readManifest(digest);

@@ -93,12 +93,47 @@ describe("a root file system", () => {
       const names = (await run("find", [path, "-mindepth", "1", "-printf", "%P\\n"])).trim().split("\n").sort();
       expect(names).toEqual(
         [
-          ...["becomes-file", "becomes-folder", "becomes-folder/q", "big", "d", "d/b", "dev", "dev/blk", "dev/null", "fifo", "h2", "h3", "h4", "lib", `${"long-".repeat(30)}name`],
-          ...["not", "not/described", "not/described/f", "op", "op/new", "op/sub", "op/sub/z", "out", "ping", "suid", "usr", "usr/lib", "usr/lib/through-link", "ünï"],
+          ...[
+            "becomes-file",
+            "becomes-folder",
+            "becomes-folder/q",
+            "big",
+            "d",
+            "d/b",
+            "dev",
+            "dev/blk",
+            "dev/null",
+            "fifo",
+            "h2",
+            "h3",
+            "h4",
+            "lib",
+            `${"long-".repeat(30)}name`,
+          ],
+          ...[
+            "not",
+            "not/described",
+            "not/described/f",
+            "op",
+            "op/new",
+            "op/sub",
+            "op/sub/z",
+            "out",
+            "ping",
+            "suid",
+            "usr",
+            "usr/lib",
+            "usr/lib/through-link",
+            "ünï",
+          ],
         ].sort(),
       );
       const stat = async (name: string): Promise<Awaited<ReturnType<typeof lstat>>> => lstat(join(path, name));
-      const owned = async (name: string): Promise<[number, number, string]> => [Number((await stat(name)).uid), Number((await stat(name)).gid), (Number((await stat(name)).mode) & 0o7777).toString(8)];
+      const owned = async (name: string): Promise<[number, number, string]> => [
+        Number((await stat(name)).uid),
+        Number((await stat(name)).gid),
+        (Number((await stat(name)).mode) & 0o7777).toString(8),
+      ];
       expect(await owned("op")).toEqual([7, 8, "700"]);
       expect(await owned("suid")).toEqual([1000, 1001, "6755"]);
       expect(await owned("big")).toEqual([3_000_000, 3_000_001, "644"]);
@@ -108,12 +143,23 @@ describe("a root file system", () => {
       expect(await readFile(join(path, "h4"), "utf8")).toBe("hard");
       expect(await readFile(join(path, "h3"), "utf8")).toBe("replaced");
       expect((await stat("dev/null")).isCharacterDevice()).toBe(true);
-      expect([Number((await stat("dev/null")).rdev), Number((await stat("dev/blk")).rdev)]).toEqual([0x103, (7 << 8) | (300 & 0xff) | (1 << 20)]);
+      expect([Number((await stat("dev/null")).rdev), Number((await stat("dev/blk")).rdev)]).toEqual([
+        0x103,
+        (7 << 8) | (300 & 0xff) | (1 << 20),
+      ]);
       expect((await stat("fifo")).isFIFO()).toBe(true);
       expect([await readlink(join(path, "out")), await readlink(join(path, "lib"))]).toEqual(["../../../etc/passwd", "/usr/lib"]);
-      expect([(await stat("d/b")).mtimeMs, (await stat("d")).mtimeMs, (await stat("not")).mtimeMs]).toEqual([1_234_567_890_000, 1_000_000_000_000, 0]);
-      const attributes = await run("python3", ["-c", "import os,sys\nfor n in sorted(os.listxattr(sys.argv[1])): print(n, os.getxattr(sys.argv[1], n).hex())", join(path, "ping")]);
-      expect(attributes).toBe(`security.capability ${Buffer.from(capability, "latin1").toString("hex")}\nuser.note ${Buffer.from("text").toString("hex")}\n`);
+      expect([(await stat("d/b")).mtimeMs, (await stat("d")).mtimeMs, (await stat("not")).mtimeMs]).toEqual([
+        1_234_567_890_000, 1_000_000_000_000, 0,
+      ]);
+      const attributes = await run("python3", [
+        "-c",
+        "import os,sys\nfor n in sorted(os.listxattr(sys.argv[1])): print(n, os.getxattr(sys.argv[1], n).hex())",
+        join(path, "ping"),
+      ]);
+      expect(attributes).toBe(
+        `security.capability ${Buffer.from(capability, "latin1").toString("hex")}\nuser.note ${Buffer.from("text").toString("hex")}\n`,
+      );
     });
   });
 
@@ -197,7 +243,10 @@ describe("failures", () => {
     await run("mount", ["-t", "tmpfs", "-o", "size=4m", "tmpfs", small]);
     try {
       const cache = await RootfsCache.open(small, store);
-      for (const [name, sizeBytes] of [["layer", 5_000_000], ["unpack", 2_500_000]] as const) {
+      for (const [name, sizeBytes] of [
+        ["layer", 5_000_000],
+        ["unpack", 2_500_000],
+      ] as const) {
         const digest = await addImage(name, [file("content", "x".repeat(sizeBytes))]);
         await expect(cache.prepare(digest), name).rejects.toMatchObject({ code: "DISK_FULL" });
         expect(await readdir(small)).toEqual([".lock"]);
@@ -214,7 +263,8 @@ describe("failures", () => {
     const script = `const { RootfsCache } = await import(${JSON.stringify(modules.rootfs)}); const { ImageStore } = await import(${JSON.stringify(modules.store)});
       await (await RootfsCache.open(${JSON.stringify(join(base, "rootfs"))}, await ImageStore.open(${JSON.stringify(join(base, "store"))}))).prepare(${JSON.stringify(digest)});`;
     const child = spawn(process.execPath, ["--input-type=module", "--eval", script], { stdio: "ignore" });
-    const building = async (): Promise<string[]> => (await readdir(join(base, "rootfs")).catch(() => [])).filter((name) => name.startsWith(".building-"));
+    const building = async (): Promise<string[]> =>
+      (await readdir(join(base, "rootfs")).catch(() => [])).filter((name) => name.startsWith(".building-"));
     for (let attempt = 0; attempt < 600 && (await building()).length === 0; attempt += 1) await delay(20);
     expect(await building()).toHaveLength(1);
     child.kill("SIGKILL");

@@ -160,7 +160,11 @@ export class RootfsCache {
       await writeRecord(finished, artifact);
       await rename(finished, this.#pathOf(digest));
       await syncDirectory(this.folder);
-      this.#onBuilt?.(digest, { unpackMs: unpackedMs - startedMs, erofsMs: formattedMs - unpackedMs, verityMs: performance.now() - formattedMs });
+      this.#onBuilt?.(digest, {
+        unpackMs: unpackedMs - startedMs,
+        erofsMs: formattedMs - unpackedMs,
+        verityMs: performance.now() - formattedMs,
+      });
       return artifact;
     } catch (error) {
       throw await this.#explain(error);
@@ -209,7 +213,9 @@ async function appendHashTree(image: string, dataBlocks: number, salt: string): 
 
 async function verifyHashTree(artifact: RootfsArtifact): Promise<void> {
   try {
-    await run("veritysetup", ["verify", ...verityArguments(artifact), artifact.path, artifact.path, artifact.rootHash], { timeoutMs: toolTimeoutMs });
+    await run("veritysetup", ["verify", ...verityArguments(artifact), artifact.path, artifact.path, artifact.rootHash], {
+      timeoutMs: toolTimeoutMs,
+    });
   } catch (error) {
     if (error instanceof ForgeError && error.code === "EXEC_FAILED") throw tampered(artifact.digest, "does not match its root hash", error);
     throw error;

@@ -10,7 +10,8 @@ import { describePublicKey, generateSigningKey, publicKeyOf, signDigest, verifyS
 const digest = `sha256:${"12".repeat(32)}`;
 const otherDigest = `sha256:${"34".repeat(32)}`;
 const keys = { "ecdsa-p256": generateSigningKey("ecdsa-p256"), ed25519: generateSigningKey("ed25519") };
-const trusted = (...names: (keyof typeof keys)[]): { name: string; publicKeyPem: string }[] => names.map((name) => ({ name, publicKeyPem: keys[name].publicKeyPem }));
+const trusted = (...names: (keyof typeof keys)[]): { name: string; publicKeyPem: string }[] =>
+  names.map((name) => ({ name, publicKeyPem: keys[name].publicKeyPem }));
 const codeOf = (action: () => unknown): string => {
   try {
     action();
@@ -43,9 +44,17 @@ describe("signatures", () => {
   });
 
   test("a trusted key's signature over anything but an image payload is worth nothing", () => {
-    for (const text of ["", "{}", "null", JSON.stringify({ critical: { image: { "docker-manifest-digest": digest }, type: "something else" } })]) {
+    for (const text of [
+      "",
+      "{}",
+      "null",
+      JSON.stringify({ critical: { image: { "docker-manifest-digest": digest }, type: "something else" } }),
+    ]) {
       const payload = Buffer.from(text);
-      const signature = { payload: payload.toString("base64"), signature: sign(null, payload, keys.ed25519.privateKeyPem).toString("base64") };
+      const signature = {
+        payload: payload.toString("base64"),
+        signature: sign(null, payload, keys.ed25519.privateKeyPem).toString("base64"),
+      };
       expect(codeOf(() => verifySignatures(digest, [signature], trusted("ed25519")))).toBe("IMAGE_SIGNATURE_UNTRUSTED");
     }
   });
@@ -85,7 +94,9 @@ describe("the real cosign", () => {
 
   test("the payload is byte for byte what cosign writes", () => {
     const { signature } = captured("ecdsa-p256");
-    const reference = (JSON.parse(Buffer.from(signature.payload, "base64").toString()) as { critical: { identity: { "docker-reference": string } } }).critical.identity["docker-reference"];
+    const reference = (
+      JSON.parse(Buffer.from(signature.payload, "base64").toString()) as { critical: { identity: { "docker-reference": string } } }
+    ).critical.identity["docker-reference"];
     expect(signDigest(cosign.digest, reference, keys["ecdsa-p256"].privateKeyPem).payload).toBe(signature.payload);
   });
 
@@ -93,7 +104,9 @@ describe("the real cosign", () => {
     const index = parseIndex(Buffer.from(JSON.stringify(cosign.saved.index)), "index.json");
     expect(findSignatureEntries(index, cosign.digest)).toHaveLength(1);
     const { signature } = captured("ecdsa-p256");
-    const found = await readSignatureManifest(Buffer.from(JSON.stringify(cosign.saved.manifest)), async () => Buffer.from(signature.payload, "base64"));
+    const found = await readSignatureManifest(Buffer.from(JSON.stringify(cosign.saved.manifest)), async () =>
+      Buffer.from(signature.payload, "base64"),
+    );
     expect(found).toEqual([signature]);
   });
 });
@@ -107,7 +120,8 @@ describe("keys", () => {
   });
 
   test("anything but P-256 and Ed25519 is refused, private keys included", () => {
-    const pem = (key: { export(options: { type: "spki"; format: "pem" }): string | Buffer }): string => key.export({ type: "spki", format: "pem" }).toString();
+    const pem = (key: { export(options: { type: "spki"; format: "pem" }): string | Buffer }): string =>
+      key.export({ type: "spki", format: "pem" }).toString();
     const refusedKeys = [
       "",
       "no key",

@@ -35,7 +35,11 @@ const payloadSchema = z.object({
  * Throws IMAGE_UNSIGNED without any signature, IMAGE_SIGNATURE_MISMATCH when a trusted key signed only another
  * digest, IMAGE_SIGNATURE_UNTRUSTED when no trusted key made any of them.
  */
-export function verifySignatures(digest: string, signatures: readonly ImageSignature[], trustedKeys: readonly TrustedKeyPem[]): { keyName: string } {
+export function verifySignatures(
+  digest: string,
+  signatures: readonly ImageSignature[],
+  trustedKeys: readonly TrustedKeyPem[],
+): { keyName: string } {
   if (signatures.length === 0) throw new ForgeError("IMAGE_UNSIGNED", `the image ${digest} carries no signature`);
   const keys = trustedKeys.map(({ name, publicKeyPem }) => ({ name, key: readPublicKey(publicKeyPem) }));
   let other: { keyName: string; digest: string } | undefined;
@@ -49,9 +53,13 @@ export function verifySignatures(digest: string, signatures: readonly ImageSigna
     }
   }
   if (other !== undefined) {
-    throw new ForgeError("IMAGE_SIGNATURE_MISMATCH", `the signature by ${other.keyName} is for ${other.digest}, not for ${digest}`, { details: { signed: other.digest, digest } });
+    throw new ForgeError("IMAGE_SIGNATURE_MISMATCH", `the signature by ${other.keyName} is for ${other.digest}, not for ${digest}`, {
+      details: { signed: other.digest, digest },
+    });
   }
-  throw new ForgeError("IMAGE_SIGNATURE_UNTRUSTED", `no trusted key made the ${signatures.length} signature(s) of ${digest}`, { details: { digest } });
+  throw new ForgeError("IMAGE_SIGNATURE_UNTRUSTED", `no trusted key made the ${signatures.length} signature(s) of ${digest}`, {
+    details: { digest },
+  });
 }
 
 /** Signs a digest under the name the deployer gave it. The payload is byte for byte what cosign writes. */
@@ -64,7 +72,8 @@ export function signDigest(digest: string, reference: string, privateKeyPem: str
 
 /** cosign's own keys are ECDSA P-256, so that is the default. */
 export function generateSigningKey(type: SigningKeyType = "ecdsa-p256"): SigningKey {
-  const { privateKey, publicKey } = type === "ed25519" ? generateKeyPairSync("ed25519") : generateKeyPairSync("ec", { namedCurve: "P-256" });
+  const { privateKey, publicKey } =
+    type === "ed25519" ? generateKeyPairSync("ed25519") : generateKeyPairSync("ec", { namedCurve: "P-256" });
   return { privateKeyPem: privateKey.export({ type: "pkcs8", format: "pem" }).toString(), publicKeyPem: pemOf(publicKey) };
 }
 
@@ -76,7 +85,12 @@ export function publicKeyOf(privateKeyPem: string): string {
 /** Accepts a key to trust: canonical PEM and SHA-256 of its SubjectPublicKeyInfo in hex. INVALID_INPUT otherwise. */
 export function describePublicKey(publicKeyPem: string): { publicKeyPem: string; fingerprint: string } {
   const key = readPublicKey(publicKeyPem);
-  return { publicKeyPem: pemOf(key), fingerprint: createHash("sha256").update(key.export({ type: "spki", format: "der" })).digest("hex") };
+  return {
+    publicKeyPem: pemOf(key),
+    fingerprint: createHash("sha256")
+      .update(key.export({ type: "spki", format: "der" }))
+      .digest("hex"),
+  };
 }
 
 function isSignedBy(key: KeyObject, payload: Buffer, signature: Buffer): boolean {
@@ -97,7 +111,8 @@ function digestIn(payload: Buffer): string | undefined {
 
 function readPublicKey(pem: string): KeyObject {
   // createPublicKey would also take a private key, which nobody should paste here, and certificates.
-  if (!/^-----BEGIN PUBLIC KEY-----/m.test(pem) || /PRIVATE/.test(pem)) throw unusable("a public key must be PEM: -----BEGIN PUBLIC KEY-----");
+  if (!/^-----BEGIN PUBLIC KEY-----/m.test(pem) || /PRIVATE/.test(pem))
+    throw unusable("a public key must be PEM: -----BEGIN PUBLIC KEY-----");
   return supported(() => createPublicKey(pem));
 }
 

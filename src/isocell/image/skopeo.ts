@@ -16,7 +16,10 @@ const globalOptions = ["--insecure-policy", "--override-os", "linux"];
 export async function inspectRaw(source: string, plainHttp: boolean): Promise<Buffer | undefined> {
   try {
     const tls = plainHttp ? ["--tls-verify=false"] : [];
-    const output = await run("skopeo", [...globalOptions, "inspect", "--raw", ...tls, source], { timeoutMs: inspectTimeoutMs, maxOutputBytes: maximumDocumentBytes });
+    const output = await run("skopeo", [...globalOptions, "inspect", "--raw", ...tls, source], {
+      timeoutMs: inspectTimeoutMs,
+      maxOutputBytes: maximumDocumentBytes,
+    });
     return Buffer.from(output);
   } catch (error) {
     const stderr = stderrOf(error);
@@ -30,11 +33,16 @@ export async function copyToFolder(source: string, folder: string, store: ImageS
   const target = join(folder, "image");
   try {
     const tls = plainHttp ? ["--src-tls-verify=false"] : [];
-    await run("skopeo", [...globalOptions, "--tmpdir", folder, "copy", "--quiet", "--preserve-digests", ...tls, source, `dir:${target}`], { timeoutMs: copyTimeoutMs });
+    await run("skopeo", [...globalOptions, "--tmpdir", folder, "copy", "--quiet", "--preserve-digests", ...tls, source, `dir:${target}`], {
+      timeoutMs: copyTimeoutMs,
+    });
   } catch (error) {
-    if (/no space left on device/i.test(stderrOf(error))) throw new ForgeError("DISK_FULL", "no space left to fetch the image", { cause: error });
+    if (/no space left on device/i.test(stderrOf(error)))
+      throw new ForgeError("DISK_FULL", "no space left to fetch the image", { cause: error });
     if (source.startsWith("docker://")) throw unavailable(source, error);
-    throw error instanceof ForgeError && error.code === "EXEC_FAILED" ? new ForgeError("IMAGE_CORRUPT", error.message, { cause: error }) : error;
+    throw error instanceof ForgeError && error.code === "EXEC_FAILED"
+      ? new ForgeError("IMAGE_CORRUPT", error.message, { cause: error })
+      : error;
   }
   return storeFolder(target, store);
 }
@@ -42,12 +50,15 @@ export async function copyToFolder(source: string, folder: string, store: ImageS
 /** skopeo's `dir:` form: `manifest.json`, and each blob under its hex digest. */
 async function storeFolder(folder: string, store: ImageStore): Promise<string> {
   const path = join(folder, "manifest.json");
-  if ((await stat(path)).size > maximumDocumentBytes) throw new ForgeError("IMAGE_REFUSED", `the manifest is larger than ${maximumDocumentBytes} bytes`);
+  if ((await stat(path)).size > maximumDocumentBytes)
+    throw new ForgeError("IMAGE_REFUSED", `the manifest is larger than ${maximumDocumentBytes} bytes`);
   const bytes = await readFile(path);
   const document = parseDocument(bytes, "the manifest");
   if (document.kind === "index") throw new ForgeError("IMAGE_REFUSED", "an index where a manifest was asked for");
   for (const { digest } of [document.manifest.config, ...document.manifest.layers]) {
-    await store.putBlob(digest, createReadStream(join(folder, hexOf(digest)), { highWaterMark: 256 * 1024 }) as AsyncIterable<Buffer>, { maxBytes: maximumBlobBytes });
+    await store.putBlob(digest, createReadStream(join(folder, hexOf(digest)), { highWaterMark: 256 * 1024 }) as AsyncIterable<Buffer>, {
+      maxBytes: maximumBlobBytes,
+    });
   }
   const digest = digestOf(bytes);
   await store.putDocument(digest, bytes);

@@ -55,7 +55,14 @@ describe("the blob store", () => {
     expect(await readdir(join(folder, "incoming"))).toEqual([]);
   });
 
-  test.each(["", "sha256:..", "sha256:../../../etc/passwd", `sha256:${"A".repeat(64)}`, `sha512:${"a".repeat(64)}`, `sha256:${"a".repeat(64)}\n`])("makes no path of %j", async (name) => {
+  test.each([
+    "",
+    "sha256:..",
+    "sha256:../../../etc/passwd",
+    `sha256:${"A".repeat(64)}`,
+    `sha512:${"a".repeat(64)}`,
+    `sha256:${"a".repeat(64)}\n`,
+  ])("makes no path of %j", async (name) => {
     const store = await ImageStore.open(folder);
     await expect(store.hasBlob(name)).rejects.toMatchObject({ code: "INVALID_INPUT" });
   });

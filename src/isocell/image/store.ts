@@ -99,7 +99,8 @@ export class ImageStore {
   /** A small blob whole, its digest checked. */
   async readBlob(digest: string, maxBytes = maximumDocumentBytes): Promise<Buffer> {
     const size = await this.blobSize(digest);
-    if (size !== undefined && size > maxBytes) throw new ForgeError("IMAGE_REFUSED", `the document ${digest} is larger than ${maxBytes} bytes`);
+    if (size !== undefined && size > maxBytes)
+      throw new ForgeError("IMAGE_REFUSED", `the document ${digest} is larger than ${maxBytes} bytes`);
     const bytes = Buffer.concat(await (await this.openBlob(digest)).toArray());
     if (digestOf(bytes) !== digest) throw new ForgeError("IMAGE_CORRUPT", `the blob ${digest} changed on disk`);
     return bytes;
@@ -116,7 +117,11 @@ export class ImageStore {
     if (document.kind === "index") throw new ForgeError("IMAGE_REFUSED", `${name} is an index inside an index`);
     const { config: configDescriptor, layers } = document.manifest;
     for (const descriptor of [configDescriptor, ...layers]) await this.#checkSize(descriptor);
-    const { config, diffIds } = parseConfig(await this.readBlob(configDescriptor.digest), `the config ${configDescriptor.digest}`, layers.length);
+    const { config, diffIds } = parseConfig(
+      await this.readBlob(configDescriptor.digest),
+      `the config ${configDescriptor.digest}`,
+      layers.length,
+    );
     return {
       digest,
       manifestDigest,

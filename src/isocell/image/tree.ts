@@ -118,7 +118,8 @@ export class ImageTree {
     if (entry.type !== "file" || entry.sizeBytes !== 0) throw refused(entry.name, "a whiteout must be an empty file");
     if (name === opaqueName) return this.#removeLower(parent);
     const hidden = name.slice(whiteoutPrefix.length);
-    if (hidden === "" || hidden === "." || hidden === ".." || hidden.startsWith(whiteoutPrefix)) throw refused(entry.name, "a malformed whiteout");
+    if (hidden === "" || hidden === "." || hidden === ".." || hidden.startsWith(whiteoutPrefix))
+      throw refused(entry.name, "a malformed whiteout");
     const inode = parent.children.get(hidden);
     if (inode === undefined) return;
     if (inode.layer < this.#layer) parent.children.delete(hidden);
@@ -155,7 +156,12 @@ export class ImageTree {
         followed += 1;
         if (followed > imageLimits.symlinksFollowed) throw refused(entryName, "too many symbolic links on its path");
         if (next.target.startsWith("/")) trail.length = 1;
-        pending.push(...next.target.split("/").filter((step) => step !== "" && step !== ".").toReversed());
+        pending.push(
+          ...next.target
+            .split("/")
+            .filter((step) => step !== "" && step !== ".")
+            .toReversed(),
+        );
         if (pending.length > imageLimits.depth) throw refused(entryName, "too deep");
         continue;
       }
@@ -172,7 +178,9 @@ const whiteoutPrefix = ".wh.";
 const opaqueName = ".wh..wh..opq";
 
 export function refused(entryName: string, reason: string): ForgeError {
-  return new ForgeError("IMAGE_REFUSED", `the entry ${printable(entryName)} is refused: ${reason}`, { details: { entry: printable(entryName), reason } });
+  return new ForgeError("IMAGE_REFUSED", `the entry ${printable(entryName)} is refused: ${reason}`, {
+    details: { entry: printable(entryName), reason },
+  });
 }
 
 function folderInode(metadata: LayerEntry | undefined, layer: number): Inode {
@@ -188,7 +196,8 @@ function splitName(name: string, entryName: string): string[] {
   if (Buffer.byteLength(name) > imageLimits.pathBytes) throw refused(entryName, `a path longer than ${imageLimits.pathBytes} bytes`);
   const parts = name.split("/").filter((part) => part !== "" && part !== ".");
   if (parts.includes("..")) throw refused(entryName, "a name with ..");
-  if (parts.some((part) => Buffer.byteLength(part) > imageLimits.nameBytes)) throw refused(entryName, `a name longer than ${imageLimits.nameBytes} bytes`);
+  if (parts.some((part) => Buffer.byteLength(part) > imageLimits.nameBytes))
+    throw refused(entryName, `a name longer than ${imageLimits.nameBytes} bytes`);
   if (parts.length > imageLimits.depth) throw refused(entryName, "too deep");
   return parts;
 }
@@ -196,7 +205,8 @@ function splitName(name: string, entryName: string): string[] {
 /** Where it points is the guest's matter, confined to its own root; only its form is checked. */
 function checkSymlink(entry: LayerEntry): string {
   const target = entry.linkName;
-  if (target === "" || target.includes("\0") || target.includes("\uFFFD")) throw refused(entry.name, "a symbolic link without a proper target");
+  if (target === "" || target.includes("\0") || target.includes("\uFFFD"))
+    throw refused(entry.name, "a symbolic link without a proper target");
   if (Buffer.byteLength(target) > imageLimits.pathBytes) throw refused(entry.name, "a symbolic link with a target too long");
   return target;
 }
@@ -216,10 +226,12 @@ function checkNumbers(entry: LayerEntry): void {
 }
 
 function checkXattrs(entry: LayerEntry): void {
-  if (entry.xattrs.size > imageLimits.xattrsPerEntry) throw refused(entry.name, `more than ${imageLimits.xattrsPerEntry} extended attributes`);
+  if (entry.xattrs.size > imageLimits.xattrsPerEntry)
+    throw refused(entry.name, `more than ${imageLimits.xattrsPerEntry} extended attributes`);
   let total = 0;
   for (const [name, valueBytes] of entry.xattrs) {
-    if (!/^(user|security|trusted|system)\.[^\0\uFFFD]{1,240}$/.test(name)) throw refused(entry.name, `an extended attribute with the name ${printable(name)}`);
+    if (!/^(user|security|trusted|system)\.[^\0\uFFFD]{1,240}$/.test(name))
+      throw refused(entry.name, `an extended attribute with the name ${printable(name)}`);
     // The guest lays an overlay over this file system: the image must not speak to that overlay.
     if (/^(trusted|user)\.overlay\./.test(name)) throw refused(entry.name, "an extended attribute of overlayfs");
     total += Buffer.byteLength(name) + valueBytes;

@@ -72,7 +72,8 @@ const implicitFolderMode = 0o755;
 
 function settleInode(path: string, name: string, inode: Inode, seen: Map<Inode, number>): void {
   const stats = lstatSync(path, { throwIfNoEntry: false });
-  if (stats === undefined || !isOfType(stats, inode, path)) throw refused(name, "the archive unpacks to something else than it was checked for");
+  if (stats === undefined || !isOfType(stats, inode, path))
+    throw refused(name, "the archive unpacks to something else than it was checked for");
   const twin = seen.get(inode);
   if (twin !== undefined && twin !== stats.ino) throw refused(name, "a hard link came out as a copy");
   seen.set(inode, stats.ino);
@@ -80,7 +81,8 @@ function settleInode(path: string, name: string, inode: Inode, seen: Map<Inode, 
   if (metadata === undefined) chmodSync(path, implicitFolderMode);
   else if (stats.nlink === 1 || inode.type === "directory") {
     // Of a file with several names the entries may contradict each other; of any other there is one truth.
-    const isRight = stats.uid === metadata.uid && stats.gid === metadata.gid && (inode.type === "symlink" || (stats.mode & 0o7777) === metadata.mode);
+    const isRight =
+      stats.uid === metadata.uid && stats.gid === metadata.gid && (inode.type === "symlink" || (stats.mode & 0o7777) === metadata.mode);
     if (!isRight) throw refused(name, "its owner or mode did not come out as its entry says");
   }
   if (inode.type === "directory") {
@@ -92,9 +94,13 @@ function settleInode(path: string, name: string, inode: Inode, seen: Map<Inode, 
 /** umoci sets a file's attributes in random order (a Go map), and mkfs.erofs keeps the order it finds. */
 async function sortAttributes(path: string): Promise<void> {
   const dump = await run("getfattr", ["--no-dereference", "--absolute-names", "--dump", "--match=-", "--encoding=hex", "--", path]);
-  const attributes = [...dump.matchAll(/^((?:user|security|trusted|system)\.[^=\n]+)=(0x[0-9a-f]*)$/gm)].map((match) => ({ name: match[1] ?? "", value: match[2] ?? "" }));
+  const attributes = [...dump.matchAll(/^((?:user|security|trusted|system)\.[^=\n]+)=(0x[0-9a-f]*)$/gm)].map((match) => ({
+    name: match[1] ?? "",
+    value: match[2] ?? "",
+  }));
   for (const { name } of attributes) await run("setfattr", ["--no-dereference", "--remove", name, "--", path]);
-  for (const { name, value } of attributes.sort((a, b) => (a.name < b.name ? -1 : 1))) await run("setfattr", ["--no-dereference", "--name", name, "--value", value, "--", path]);
+  for (const { name, value } of attributes.sort((a, b) => (a.name < b.name ? -1 : 1)))
+    await run("setfattr", ["--no-dereference", "--name", name, "--value", value, "--", path]);
 }
 
 function isOfType(stats: Stats, inode: Inode, path: string): boolean {
@@ -123,5 +129,7 @@ function deviceNumber(major: number, minor: number): number {
 
 /** A full disk reported by a program in its own words. */
 export function isDiskFull(error: unknown): boolean {
-  return error instanceof ForgeError && error.code === "EXEC_FAILED" && /no space left on device|ENOSPC/i.test(String(error.details?.["stderr"]));
+  return (
+    error instanceof ForgeError && error.code === "EXEC_FAILED" && /no space left on device|ENOSPC/i.test(String(error.details?.["stderr"]))
+  );
 }

@@ -1,6 +1,6 @@
 import { text } from "node:stream/consumers";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import type { ExecOptions, GuestChannel } from "../channel.ts";
+import type { ExecOptions, ExecSession, GuestChannel } from "../channel.ts";
 import { alterByte, type Guest, type GuestBench, openGuestBench } from "./guest.fixture.ts";
 
 let bench: GuestBench;
@@ -18,6 +18,21 @@ async function execText(channel: GuestChannel, argv: string[], options: Partial<
   session.stdin.end();
   const [stdout, stderr] = await Promise.all([text(session.stdout), text(session.stderr)]);
   return { stdout, stderr, status: await session.exited };
+}
+
+/** Gathers what a session prints; the function it gives waits for words and returns all so far. */
+function follow(session: ExecSession): (words: string) => Promise<string> {
+  let all = "";
+  let news = Promise.withResolvers<void>();
+  session.stdout.on("data", (chunk: Buffer) => {
+    all += chunk.toString();
+    news.resolve();
+    news = Promise.withResolvers<void>();
+  });
+  return async (words) => {
+    while (!all.includes(words)) await news.promise;
+    return all;
+  };
 }
 
 describe("a guest that runs", () => {
@@ -98,21 +113,14 @@ describe("a guest that runs", () => {
 
   test("gives a terminal that can be resized and interrupted", async () => {
     const session = await channel.exec({ argv: ["sh"], tty: true, columns: 100, rows: 30 });
-    let seen = "";
-    const wanted = Promise.withResolvers<void>();
-    session.stdout.on("data", (chunk: Buffer) => {
-      seen += chunk.toString();
-      if (seen.includes("40 132")) wanted.resolve();
-    });
+    const seen = follow(session);
     session.stdin.write("stty size; tty; echo $TERM\n");
-    while (!seen.includes("xterm")) await new Promise((resolve) => session.stdout.once("data", resolve));
+    await seen("xterm");
     session.resize(132, 40);
     session.stdin.write("stty size\n");
-    await wanted.promise;
-    expect(seen).toContain("30 100");
-    expect(seen).toContain("/dev/pts/0");
-    session.stdin.write("sleep 600\n");
-    await new Promise((resolve) => setTimeout(resolve, 300));
+    expect(await seen("40 132")).toMatch(/30 100[\s\S]*\/dev\/pts\/0/);
+    session.stdin.write("sh -c 'echo mark''ed; exec sleep 600'\n"); // once it is seen the interrupt has someone to meet
+    await seen("marked");
     session.stdin.write("\u0003");
     session.stdin.write("exit 5\n");
     expect(await session.exited).toEqual({ code: 5 });

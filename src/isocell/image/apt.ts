@@ -10,7 +10,7 @@ export async function hostSources(suite: string, folder = "/etc/apt"): Promise<s
   const parts = join(folder, "sources.list.d");
   const names = await readdir(parts).catch(() => []);
   const lines: string[] = [];
-  for (const path of [join(folder, "sources.list"), ...names.sort().map((name) => join(parts, name))]) {
+  for (const path of [join(folder, "sources.list"), ...names.sort((a, b) => (a < b ? -1 : 1)).map((name) => join(parts, name))]) {
     const content = (await readIfExists(path))?.toString() ?? "";
     if (path.endsWith(".sources")) lines.push(...fromStanzas(content));
     else if (path.endsWith(".list")) lines.push(...content.split("\n"));

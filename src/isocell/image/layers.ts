@@ -61,7 +61,7 @@ async function checkLayer(
 
 /** The layer types of OCI and Docker; which compression it is, its own first bytes say. */
 const layerMediaType =
-  /^application\/vnd\.(oci\.image\.layer\.(nondistributable\.)?v1\.tar(\+gzip|\+zstd)?|docker\.image\.rootfs\.(foreign\.)?diff\.tar(\.gzip|\.zstd)?)$/;
+  /^application\/vnd\.(oci\.image\.layer\.(nondistributable\.)?v1|docker\.image\.rootfs\.(foreign\.)?diff)\.tar([+.](gzip|zstd))?$/;
 
 async function* hashed(source: Readable, hash: Hash, counter: { storedBytes: number }): AsyncGenerator<Buffer> {
   for await (const chunk of source as AsyncIterable<Buffer>) {
@@ -176,7 +176,7 @@ function entryOf(header: Header): LayerEntry {
   return {
     name: header.name,
     type: type as EntryType,
-    linkName: (header.linkname as string | null) ?? "",
+    linkName: header.linkname ?? "",
     mode: header.mode & 0o7777,
     uid: paxNumber(pax["uid"]) ?? header.uid,
     gid: paxNumber(pax["gid"]) ?? header.gid,

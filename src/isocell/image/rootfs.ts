@@ -194,7 +194,8 @@ export class RootfsCache {
 /** An EROFS image whose bytes follow from the folder's content alone; returns its length in blocks. */
 async function makeFileSystem(rootfs: string, image: string, digest: string): Promise<number> {
   const hex = derive("erofs uuid", digest);
-  const uuid = `${hex.slice(0, 8)}-${hex.slice(8, 12)}-8${hex.slice(13, 16)}-8${hex.slice(17, 20)}-${hex.slice(20, 32)}`; // RFC 9562, version 8
+  // RFC 9562, version 8.
+  const uuid = `${hex.slice(0, 8)}-${hex.slice(8, 12)}-8${hex.slice(13, 16)}-8${hex.slice(17, 20)}-${hex.slice(20, 32)}`;
   // Fixes the superblock's time, and keeps the files' own times, which all lie before it: packages compare them.
   const env = { SOURCE_DATE_EPOCH: "4102444800" };
   await run("mkfs.erofs", ["--quiet", "-U", uuid, image, rootfs], { env, timeoutMs: toolTimeoutMs });

@@ -74,7 +74,7 @@ export function signDigest(digest: string, reference: string, privateKeyPem: str
 export function generateSigningKey(type: SigningKeyType = "ecdsa-p256"): SigningKey {
   const { privateKey, publicKey } =
     type === "ed25519" ? generateKeyPairSync("ed25519") : generateKeyPairSync("ec", { namedCurve: "P-256" });
-  return { privateKeyPem: privateKey.export({ type: "pkcs8", format: "pem" }).toString(), publicKeyPem: pemOf(publicKey) };
+  return { privateKeyPem: privateKey.export({ type: "pkcs8", format: "pem" }), publicKeyPem: pemOf(publicKey) };
 }
 
 /** The public half of a private key, for `forge trust add`. */
@@ -138,7 +138,7 @@ function hashOf(key: KeyObject): string | null {
 }
 
 function pemOf(publicKey: KeyObject): string {
-  return publicKey.export({ type: "spki", format: "pem" }).toString();
+  return publicKey.export({ type: "spki", format: "pem" });
 }
 
 function unusable(message: string): ForgeError {

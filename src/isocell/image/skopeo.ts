@@ -66,7 +66,8 @@ async function storeFolder(folder: string, store: ImageStore): Promise<string> {
 }
 
 function stderrOf(error: unknown): string {
-  return error instanceof ForgeError ? String(error.details?.["stderr"] ?? "") : "";
+  const stderr = error instanceof ForgeError ? error.details?.["stderr"] : undefined;
+  return typeof stderr === "string" ? stderr : "";
 }
 
 function unavailable(source: string, error: unknown): unknown {

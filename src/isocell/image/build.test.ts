@@ -64,10 +64,20 @@ describe("the machine's apt sources", () => {
     await mkdir(join(base, "sources.list.d"));
     await writeFile(
       join(base, "sources.list"),
-      "# a note\ndeb  http://mirror.example/debian   bookworm main contrib\ndeb-src http://mirror.example/debian bookworm main\ndeb http://mirror.example/debian sid main\n",
+      [
+        "# a note",
+        "deb  http://mirror.example/debian   bookworm main contrib",
+        "deb-src http://mirror.example/debian bookworm main",
+        "deb http://mirror.example/debian sid main",
+        "",
+      ].join("\n"),
     );
-    const stanzas =
-      "Types: deb deb-src\nURIs: http://mirror.example/security\n# between\nSuites: bookworm-security trixie-security\nComponents: main\nSigned-By: /usr/share/keyrings/k.gpg\n\nTypes: deb\nURIs: http://other.example\nSuites: bookworm\nComponents: stable\n\nEnabled: no\nTypes: deb\nURIs: http://off.example\nSuites: bookworm\nComponents: main\n";
+    const stanzas = [
+      "Types: deb deb-src\nURIs: http://mirror.example/security\n# between\nSuites: bookworm-security trixie-security",
+      "Components: main\nSigned-By: /usr/share/keyrings/k.gpg\n",
+      "Types: deb\nURIs: http://other.example\nSuites: bookworm\nComponents: stable\n",
+      "Enabled: no\nTypes: deb\nURIs: http://off.example\nSuites: bookworm\nComponents: main\n",
+    ].join("\n");
     await writeFile(join(base, "sources.list.d/debian.sources"), stanzas);
     expect(await hostSources("bookworm", base)).toEqual([
       "deb http://mirror.example/debian bookworm main contrib",

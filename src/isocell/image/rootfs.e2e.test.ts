@@ -260,8 +260,12 @@ describe("failures", () => {
   test("what a killed process left is removed by the next open, and its lock is free", async () => {
     const digest = await addImage("killed", [file("content", "x".repeat(60_000_000))]);
     const modules = { rootfs: join(import.meta.dirname, "rootfs.ts"), store: join(import.meta.dirname, "store.ts") };
-    const script = `const { RootfsCache } = await import(${JSON.stringify(modules.rootfs)}); const { ImageStore } = await import(${JSON.stringify(modules.store)});
-      await (await RootfsCache.open(${JSON.stringify(join(base, "rootfs"))}, await ImageStore.open(${JSON.stringify(join(base, "store"))}))).prepare(${JSON.stringify(digest)});`;
+    const script = `
+      const { RootfsCache } = await import(${JSON.stringify(modules.rootfs)});
+      const { ImageStore } = await import(${JSON.stringify(modules.store)});
+      const store = await ImageStore.open(${JSON.stringify(join(base, "store"))});
+      const cache = await RootfsCache.open(${JSON.stringify(join(base, "rootfs"))}, store);
+      await cache.prepare(${JSON.stringify(digest)});`;
     const child = spawn(process.execPath, ["--input-type=module", "--eval", script], { stdio: "ignore" });
     const building = async (): Promise<string[]> =>
       (await readdir(join(base, "rootfs")).catch(() => [])).filter((name) => name.startsWith(".building-"));

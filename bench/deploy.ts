@@ -46,7 +46,9 @@ try {
   for (let n = 0; n < pairs; n++) {
     bares.push(await bootBare(bareCommand));
     deploys.push(await deploy(api, imageDigest, `bench-${n}`));
-    process.stderr.write(`pair ${n + 1} of ${pairs}: bare ${Math.round(bares.at(-1) ?? 0)} ms, deploy ${Math.round(deploys.at(-1)?.totalMs ?? 0)} ms\n`);
+    process.stderr.write(
+      `pair ${n + 1} of ${pairs}: bare ${Math.round(bares.at(-1) ?? 0)} ms, deploy ${Math.round(deploys.at(-1)?.totalMs ?? 0)} ms\n`,
+    );
   }
   print(deploys, bares);
 } finally {
@@ -72,7 +74,12 @@ function print(deploys: readonly Deploy[], bares: readonly number[]): void {
     ["overhead, pair by pair", overheads],
     ["deploy less kernel and init", own],
   ];
-  console.log(table(["ms", "min", "median", "max"], rows.map(([name, values]) => [name, ...quantiles(values).map((value) => value.toFixed(1))])));
+  console.log(
+    table(
+      ["ms", "min", "median", "max"],
+      rows.map(([name, values]) => [name, ...quantiles(values).map((value) => value.toFixed(1))]),
+    ),
+  );
   console.log(`ratio of medians, deploy / bare: ${(median(deploys.map(({ totalMs }) => totalMs)) / median(bares)).toFixed(3)}`);
 }
 
@@ -90,7 +97,9 @@ async function deploy(api: Connection, imageDigest: string, name: string): Promi
 
 async function untilRunning(api: Connection, name: string): Promise<Cell> {
   for (;;) {
-    const cell = (await api.call("listCells", {})).items.find(({ service: of, state }) => of === name && (state === "running" || state === "failed"));
+    const cell = (await api.call("listCells", {})).items.find(
+      ({ service: of, state }) => of === name && (state === "running" || state === "failed"),
+    );
     if (cell?.state === "failed") throw new Error(`the cell failed: ${cell.reason}`);
     if (cell !== undefined) return cell;
     await delay(100);
@@ -114,7 +123,11 @@ async function bootBare([program = "", ...args]: readonly string[]): Promise<num
   const begunMs = performance.now();
   const vmm = spawn(program, args, { stdio: "ignore" });
   try {
-    const channel = await GuestChannel.connect(join(folder, "channel"), { lastLogSequence: 0, timeoutMs: 60_000, handlers: { started: () => started.resolve() } });
+    const channel = await GuestChannel.connect(join(folder, "channel"), {
+      lastLogSequence: 0,
+      timeoutMs: 60_000,
+      handlers: { started: () => started.resolve() },
+    });
     await started.promise;
     const tookMs = performance.now() - begunMs;
     await channel.close();

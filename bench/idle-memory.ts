@@ -19,7 +19,9 @@ try {
   await runtime.ok("image", "sign", join(runtime.folder, "web"));
   const one = await residentMib(1);
   const all = await residentMib(many);
-  console.log(`agent with 1 cell: ${one.toFixed(1)} MiB; with ${many}: ${all.toFixed(1)} MiB; per idle cell: ${((all - one) / (many - 1)).toFixed(2)} MiB`);
+  console.log(
+    `agent with 1 cell: ${one.toFixed(1)} MiB; with ${many}: ${all.toFixed(1)} MiB; per idle cell: ${((all - one) / (many - 1)).toFixed(2)} MiB`,
+  );
 } finally {
   await runtime.destroy();
 }

@@ -6,7 +6,8 @@ export function median(values: readonly number[]): number {
 export function quantiles(values: readonly number[]): number[] {
   const sorted = values.toSorted((a, b) => a - b);
   const middle = sorted.length / 2;
-  const center = sorted.length % 2 === 1 ? sorted[Math.floor(middle)] : ((sorted[middle - 1] ?? Number.NaN) + (sorted[middle] ?? Number.NaN)) / 2;
+  const center =
+    sorted.length % 2 === 1 ? sorted[Math.floor(middle)] : ((sorted[middle - 1] ?? Number.NaN) + (sorted[middle] ?? Number.NaN)) / 2;
   return [sorted[0] ?? Number.NaN, center ?? Number.NaN, sorted.at(-1) ?? Number.NaN];
 }
 
@@ -14,5 +15,9 @@ export function quantiles(values: readonly number[]): number[] {
 export function table(head: readonly string[], rows: readonly (readonly string[])[]): string {
   const all = [head, ...rows];
   const widths = head.map((_, column) => Math.max(...all.map((row) => (row[column] ?? "").length)));
-  return all.map((row) => row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0))).join("  ")).join("\n");
+  return all
+    .map((row) =>
+      row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0))).join("  "),
+    )
+    .join("\n");
 }

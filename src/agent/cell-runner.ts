@@ -32,7 +32,10 @@ export interface RunnerTools {
   changed(cellId: string): void;
 }
 
-type Outcome = { readonly kind: "asked" } | { readonly kind: "ended"; readonly end: CellEnd } | { readonly kind: "error"; readonly error: ForgeError };
+type Outcome =
+  | { readonly kind: "asked" }
+  | { readonly kind: "ended"; readonly end: CellEnd }
+  | { readonly kind: "error"; readonly error: ForgeError };
 
 const backoffMsLeast = 500;
 const backoffMsMost = 60_000;
@@ -41,7 +44,14 @@ const settledMs = 60_000;
 const probePauseMsLeast = 25;
 const readyMsWithoutHealth = 120_000;
 /** Errors that trying again cannot mend: somebody must act. */
-const refusals = new Set(["IMAGE_UNSIGNED", "IMAGE_SIGNATURE_UNTRUSTED", "IMAGE_SIGNATURE_MISMATCH", "IMAGE_CORRUPT", "IMAGE_REFUSED", "IMAGE_TAMPERED"]);
+const refusals = new Set([
+  "IMAGE_UNSIGNED",
+  "IMAGE_SIGNATURE_UNTRUSTED",
+  "IMAGE_SIGNATURE_MISMATCH",
+  "IMAGE_CORRUPT",
+  "IMAGE_REFUSED",
+  "IMAGE_TAMPERED",
+]);
 
 /**
  * One cell's life on this node: prepare -> attach -> start -> ready -> (exit -> backoff -> again), until it is no
@@ -181,7 +191,10 @@ export class CellRunner {
       this.#set({ measurement: cell.measurement });
       return cell;
     } catch (error) {
-      this.#tools.log.error({ cell: this.id, err: toForgeError(error).message }, "a cell left by an earlier agent cannot be taken over: it is started anew");
+      this.#tools.log.error(
+        { cell: this.id, err: toForgeError(error).message },
+        "a cell left by an earlier agent cannot be taken over: it is started anew",
+      );
       await this.#release();
       return undefined;
     }
@@ -223,7 +236,10 @@ export class CellRunner {
       this.#bootedAtMs = this.#tools.clock.monotonicMs();
       this.#started = Promise.withResolvers();
       const handlers = { ...this.#handlers(), measured: (measurement: string) => this.#recordStart(artifact, measurement) };
-      return await this.#tools.isocells.start({ cellId: this.id, artifact, guest, vcpus: spec.vcpus, memoryMib, cpus: this.#cpus, network }, handlers);
+      return await this.#tools.isocells.start(
+        { cellId: this.id, artifact, guest, vcpus: spec.vcpus, memoryMib, cpus: this.#cpus, network },
+        handlers,
+      );
     } finally {
       closeSync(tapFd);
     }
@@ -305,19 +321,35 @@ export class CellRunner {
   async #attach(): Promise<Attachment> {
     const ports = this.#assignment.spec.ports.filter(({ publish: published }) => published !== undefined).map(({ port }) => port);
     if (this.#tools.gateway === "") throw new ForgeError("UNAVAILABLE", "the control plane has not yet told this node its network");
-    return attach({ cellId: this.id, address: this.#assignment.address, gateway: this.#tools.gateway, allow: { ports }, stateDir: this.#meshDir });
+    return attach({
+      cellId: this.id,
+      address: this.#assignment.address,
+      gateway: this.#tools.gateway,
+      allow: { ports },
+      stateDir: this.#meshDir,
+    });
   }
 
   async #publish(): Promise<CellReport["published"]> {
     const { spec, address } = this.#assignment;
     const netnsPath = this.#attachment?.netnsPath;
     const cgroupProcsFiles = this.#cell?.cgroupProcsFiles;
-    if (netnsPath === undefined || cgroupProcsFiles === undefined) throw new ForgeError("INTERNAL", "a cell without an interface cannot be published");
+    if (netnsPath === undefined || cgroupProcsFiles === undefined)
+      throw new ForgeError("INTERNAL", "a cell without an interface cannot be published");
     const published: CellReport["published"] = [];
     for (const { name, port, publish: publishedPort } of spec.ports) {
       if (publishedPort === undefined) continue;
       const listenAddress = this.#tools.publishAddress;
-      await publish({ cellId: this.id, netnsPath, cgroupProcsFiles, listenAddress, publishedPort, cellAddress: address, cellPort: port, stateDir: this.#meshDir });
+      await publish({
+        cellId: this.id,
+        netnsPath,
+        cgroupProcsFiles,
+        listenAddress,
+        publishedPort,
+        cellAddress: address,
+        cellPort: port,
+        stateDir: this.#meshDir,
+      });
       published.push({ name, address: listenAddress, port: publishedPort });
     }
     return published;
@@ -362,7 +394,8 @@ export class CellRunner {
     return {
       started: () => this.#started.resolve(this.#tools.clock.monotonicMs()),
       log: ({ sequence, time, stream, bytes }) => this.log.append(boot, sequence, time, stream, bytes),
-      dropped: ({ fromSequence, toSequence }) => void this.#say(`${toSequence - fromSequence + 1} pieces of output were lost while nobody could take them`),
+      dropped: ({ fromSequence, toSequence }) =>
+        void this.#say(`${toSequence - fromSequence + 1} pieces of output were lost while nobody could take them`),
     };
   }
 
@@ -393,7 +426,8 @@ export class CellRunner {
     const refused = outcome.kind === "error" && refusals.has(outcome.error.code);
     if (refused) await this.#fact("cell.refused", "denied", { code: outcome.error.code, imageDigest: this.#assignment.image.digest });
     else if (outcome.kind === "ended") await this.#fact("cell.exited", "failure", { exitStatus, reason });
-    if (refused || !this.#mayRestart(exitStatus)) return this.#giveUp(exitStatus, reason, outcome.kind === "error" ? outcome.error.code : "CELL_FAILED");
+    if (refused || !this.#mayRestart(exitStatus))
+      return this.#giveUp(exitStatus, reason, outcome.kind === "error" ? outcome.error.code : "CELL_FAILED");
     if (this.#tools.clock.monotonicMs() - this.#bootedAtMs > settledMs) this.#backoffMs = backoffMsLeast;
     const delayMs = this.#backoffMs;
     this.#backoffMs = Math.min(this.#backoffMs * 2, backoffMsMost);
@@ -453,7 +487,11 @@ export class CellRunner {
     await this.#tools.records.write({ assignment: this.#assignment, boot: this.#boot, report: this.#report, cpus });
   }
 
-  #factOf(kind: AuditEvent["kind"], outcome: AuditEvent["outcome"], details: Record<string, unknown>): Omit<AuditEvent, "id" | "time" | "actor"> {
+  #factOf(
+    kind: AuditEvent["kind"],
+    outcome: AuditEvent["outcome"],
+    details: Record<string, unknown>,
+  ): Omit<AuditEvent, "id" | "time" | "actor"> {
     const { tenantId, service, revision } = this.#assignment;
     return { tenant: tenantId, kind, outcome, subject: `cell/${this.id}`, details: { service, revision, ...details } };
   }

@@ -50,20 +50,33 @@ export class ControlLink {
 
   /** The bytes of a blob; the reader checks them against the digest. */
   async blob(digest: string, signal: AbortSignal): Promise<IncomingMessage> {
-    return this.#send("GET", nodeRoutes.blob.path.replace(":digest", encodeURIComponent(digest)), undefined, { signal, timeoutMs: callTimeoutMs });
+    return this.#send("GET", nodeRoutes.blob.path.replace(":digest", encodeURIComponent(digest)), undefined, {
+      signal,
+      timeoutMs: callTimeoutMs,
+    });
   }
 
   /** The node's end of a session a person waits for. */
   session(id: string): WebSocket {
     const path = nodeRoutes.session.path.replace(":id", encodeURIComponent(id));
-    return new WebSocket(new URL(path, this.#url.href.replace(/^https/, "wss")), { ...this.#tls, handshakeTimeout: 10_000, maxPayload: 1024 * 1024 });
+    return new WebSocket(new URL(path, this.#url.href.replace(/^https/, "wss")), {
+      ...this.#tls,
+      handshakeTimeout: 10_000,
+      maxPayload: 1024 * 1024,
+    });
   }
 
   close(): void {
     this.#connections.destroy();
   }
 
-  async #call<S extends z.ZodType>(method: string, path: string, schema: S, body?: unknown, options: CallOptions = {}): Promise<z.output<S>> {
+  async #call<S extends z.ZodType>(
+    method: string,
+    path: string,
+    schema: S,
+    body?: unknown,
+    options: CallOptions = {},
+  ): Promise<z.output<S>> {
     const response = await this.#send(method, path, body === undefined ? undefined : JSON.stringify(body), options);
     return schema.parse(JSON.parse(await readText(response)));
   }

@@ -65,7 +65,9 @@ async function post(url: URL, caPem: string, body: unknown): Promise<unknown> {
       response.on("error", reject);
     });
     outgoing.on("timeout", () => outgoing.destroy(new ForgeError("TIMEOUT", "the region did not answer the join")));
-    outgoing.on("error", (error) => reject(new ForgeError("UNAVAILABLE", `the region cannot be reached: ${errnoOf(error) ?? error.message}`, { cause: error })));
+    outgoing.on("error", (error) =>
+      reject(new ForgeError("UNAVAILABLE", `the region cannot be reached: ${errnoOf(error) ?? error.message}`, { cause: error })),
+    );
     outgoing.end(JSON.stringify(body));
   });
   const answer: unknown = JSON.parse(text);

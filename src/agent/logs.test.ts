@@ -44,7 +44,10 @@ describe("a cell's log", () => {
   });
 
   test("passes over a record cut short by a crash and goes on after it", async () => {
-    await writeFile(join(dir, "00000001.ndjson"), '{"boot":1,"sequence":1,"time":"2026-01-01T00:00:00.000Z","stream":"stdout","text":"a\\n"}\n{"boot":1,"seq');
+    await writeFile(
+      join(dir, "00000001.ndjson"),
+      '{"boot":1,"sequence":1,"time":"2026-01-01T00:00:00.000Z","stream":"stdout","text":"a\\n"}\n{"boot":1,"seq',
+    );
     const log = await CellLog.open(dir, cellId);
     await log.append(1, 2, new Date(), "stdout", Buffer.from("b\n"));
     expect(await text(log)).toEqual(["stdout:a", "stdout:b"]);
@@ -61,7 +64,8 @@ describe("a cell's log", () => {
         if (seen.length === 400) stop.abort();
       }
     })();
-    for (let n = 1; n <= 400; n++) await log.append(1, n, new Date(), "stdout", Buffer.from(`${String(n).padStart(6, "0")}${"x".repeat(60_000)}\n`));
+    for (let n = 1; n <= 400; n++)
+      await log.append(1, n, new Date(), "stdout", Buffer.from(`${String(n).padStart(6, "0")}${"x".repeat(60_000)}\n`));
     await following;
     expect(seen).toEqual(Array.from({ length: 400 }, (_, index) => String(index + 1).padStart(6, "0")));
     expect((await readdir(dir)).length).toBeLessThanOrEqual(4);

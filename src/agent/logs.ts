@@ -146,7 +146,8 @@ export class CellLog {
     const paths = await this.#paths();
     const newest = paths.at(-1);
     const reuse = newest !== undefined && (await sizeOf(newest)) < fileBytes ? newest : undefined;
-    for (const old of paths.slice(0, Math.max(0, paths.length - (reuse === undefined ? filesKept - 1 : filesKept)))) await rm(old, { force: true });
+    for (const old of paths.slice(0, Math.max(0, paths.length - (reuse === undefined ? filesKept - 1 : filesKept))))
+      await rm(old, { force: true });
     const path = reuse ?? join(this.#dir, `${String(numberOf(newest) + 1).padStart(8, "0")}.ndjson`);
     this.#file = await open(path, "a", 0o600);
     this.#path = path;
@@ -187,7 +188,9 @@ class LineAssembler {
     const pending = this.#rest.get(record.stream);
     const pieces = ((pending?.text ?? "") + text).split("\n");
     const rest = pieces.pop() ?? "";
-    const lines = pieces.map((message, index) => this.#line(index === 0 ? (pending?.time ?? record.time) : record.time, record.stream, message));
+    const lines = pieces.map((message, index) =>
+      this.#line(index === 0 ? (pending?.time ?? record.time) : record.time, record.stream, message),
+    );
     if (rest.length >= lineBytesMax) lines.push(this.#line(record.time, record.stream, rest));
     if (rest === "" || rest.length >= lineBytesMax) this.#rest.delete(record.stream);
     else this.#rest.set(record.stream, { time: pieces.length === 0 ? (pending?.time ?? record.time) : record.time, text: rest });

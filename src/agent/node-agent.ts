@@ -71,7 +71,11 @@ export class NodeAgent {
     const spool = await Spool.open(`${dir}/spool`, signer);
     const credentials = await loadOrJoin(
       `${dir}/keys`,
-      { apiUrl: options.apiUrl, joinTokenPath: `${options.dataDir}/control/bootstrap/join-token`, caPath: `${options.dataDir}/control/ca.pem` },
+      {
+        apiUrl: options.apiUrl,
+        joinTokenPath: `${options.dataDir}/control/bootstrap/join-token`,
+        caPath: `${options.dataDir}/control/ca.pem`,
+      },
       facts,
       signer.publicKeyPem,
     );
@@ -79,7 +83,14 @@ export class NodeAgent {
     const images = await NodeImages.open(dir, link);
     const isocells = await IsoCells.open({ dir: `${dir}/cells`, buildDir: options.buildDir, vmm, rootfs: images.rootfs, log });
     const records = await CellRecords.open(`${dir}/records`, log);
-    return new NodeAgent({ link, facts, records, spool, log, tools: { isocells, images, cpus, dir, publishAddress: options.publishAddress } });
+    return new NodeAgent({
+      link,
+      facts,
+      records,
+      spool,
+      log,
+      tools: { isocells, images, cpus, dir, publishAddress: options.publishAddress },
+    });
   }
 
   private constructor(parts: {
@@ -146,8 +157,15 @@ export class NodeAgent {
     const known = new Set(found.map(({ assignment }) => assignment.id));
     await this.#removeStrays(known);
     const attached = new Map(recover(`${this.#tools.dir}/mesh`).map((attachment) => [attachment.cellId, attachment]));
-    await this.#tools.record({ tenant: null, kind: "node.started", outcome: "success", subject: `node/${this.#facts.name}`, details: { cells: found.length } });
-    for (const record of found) this.#runners.set(record.assignment.id, await CellRunner.resume(record, this.#tools, attached.get(record.assignment.id)));
+    await this.#tools.record({
+      tenant: null,
+      kind: "node.started",
+      outcome: "success",
+      subject: `node/${this.#facts.name}`,
+      details: { cells: found.length },
+    });
+    for (const record of found)
+      this.#runners.set(record.assignment.id, await CellRunner.resume(record, this.#tools, attached.get(record.assignment.id)));
     this.#log.info({ cells: found.length }, "took over what is on this node");
   }
 

@@ -149,8 +149,9 @@ function printPlan({ terminal }: Cli, plan: Plan, isDryRun: boolean): void {
     update: `${isDryRun ? "would become" : "is now"} revision ${plan.revision}`,
     unchanged: "unchanged",
   };
-  terminal.note(`${terminal.paint("bold", plan.service)}: ${words[plan.action]}`);
-  for (const change of plan.changes) terminal.note(`  ${printable(change)}`);
+  const say = isDryRun ? terminal.print.bind(terminal) : terminal.note.bind(terminal); // the plan is what a dry run is asked for
+  say(`${terminal.paint("bold", plan.service)}: ${words[plan.action]}`);
+  for (const change of plan.changes) say(`  ${printable(change)}`);
 }
 
 function printService({ terminal }: Cli, service: Service): void {

@@ -41,7 +41,12 @@ describe("a service, from its manifest to its end", () => {
     const [cell] = await cells();
     expect(cell).toMatchObject({ service: "web", state: "running", restarts: 0, published: [{ name: "http", port }] });
     expect(cell?.measurement).toMatch(/^sha256:/);
-    expect(cell?.phases).toMatchObject({ prepareMs: expect.any(Number), attachMs: expect.any(Number), spawnMs: expect.any(Number), kernelMs: expect.any(Number) });
+    expect(cell?.phases).toMatchObject({
+      prepareMs: expect.any(Number),
+      attachMs: expect.any(Number),
+      spawnMs: expect.any(Number),
+      kernelMs: expect.any(Number),
+    });
     expect(await get()).toBe("hello from a cell\n");
   }, 120_000);
 
@@ -104,7 +109,14 @@ describe("a service, from its manifest to its end", () => {
 
   test("a cell that dies is started again", async () => {
     const [cell] = await cells();
-    await runtime.forge("exec", "web", "--", "sh", "-c", "kill -9 $(ps | grep '[h]ttpd -f' | head -n 1 | sed 's/^ *//;s/ .*//' 2>/dev/null || true); kill -9 2");
+    await runtime.forge(
+      "exec",
+      "web",
+      "--",
+      "sh",
+      "-c",
+      "kill -9 $(ps | grep '[h]ttpd -f' | head -n 1 | sed 's/^ *//;s/ .*//' 2>/dev/null || true); kill -9 2",
+    );
     await eventually("restarted", 60_000, async () => {
       const [again] = await cells();
       return again?.id === cell?.id && again?.restarts === 1 ? true : undefined;
@@ -127,9 +139,24 @@ describe("a service, from its manifest to its end", () => {
 
   test("all of it is in the log, and the log verifies", async () => {
     const text = await runtime.ok("--json", "events", "--limit", "1000");
-    const events = text.split("\n").filter(Boolean).map((line) => JSON.parse(line) as Event);
+    const events = text
+      .split("\n")
+      .filter(Boolean)
+      .map((line) => JSON.parse(line) as Event);
     const kinds = new Set(events.map(({ kind }) => kind));
-    for (const kind of ["trust.added", "image.admitted", "service.applied", "cell.prepared", "cell.attached", "cell.started", "cell.ready", "cell.stopped", "session.exec", "service.stopped", "service.removed"]) {
+    for (const kind of [
+      "trust.added",
+      "image.admitted",
+      "service.applied",
+      "cell.prepared",
+      "cell.attached",
+      "cell.started",
+      "cell.ready",
+      "cell.stopped",
+      "session.exec",
+      "service.stopped",
+      "service.removed",
+    ]) {
       expect([...kinds]).toContain(kind);
     }
     const started = events.find(({ kind }) => kind === "cell.started");

@@ -28,9 +28,19 @@ async function makeImage(name: string, packages: string, config: readonly string
   await run("umoci", ["init", "--layout", layout]);
   await run("umoci", ["new", "--image", `${layout}:latest`]);
   await run("umoci", ["unpack", "--image", `${layout}:latest`, bundle]);
-  const options = ["--quiet", "--variant=minbase", `--include=${packages}`, "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"];
+  const options = [
+    "--quiet",
+    "--variant=minbase",
+    `--include=${packages}`,
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+  ];
   await run("mmdebstrap", [...options, "bookworm", join(bundle, "root.tar")], { timeoutMs: 300_000 });
-  await run("tar", ["--extract", "--file", join(bundle, "root.tar"), "--directory", join(bundle, "rootfs"), "--xattrs", "--exclude=./dev/*"], { timeoutMs: 120_000 });
+  await run(
+    "tar",
+    ["--extract", "--file", join(bundle, "root.tar"), "--directory", join(bundle, "rootfs"), "--xattrs", "--exclude=./dev/*"],
+    { timeoutMs: 120_000 },
+  );
   await run("umoci", ["repack", "--image", `${layout}:latest`, bundle], { timeoutMs: 300_000 });
   await run("umoci", ["config", "--image", `${layout}:latest`, ...config]);
   await rm(bundle, { recursive: true, force: true });
@@ -38,10 +48,18 @@ async function makeImage(name: string, packages: string, config: readonly string
 }
 
 async function deploy(name: string, service: Record<string, unknown>): Promise<void> {
-  await runtime.ok("deploy", "--timeout", "170s", await runtime.manifest({ [name]: { image: `oci:./${name}:latest`, memory: "512MiB", ...service } }, `${name}.yaml`));
+  await runtime.ok(
+    "deploy",
+    "--timeout",
+    "170s",
+    await runtime.manifest({ [name]: { image: `oci:./${name}:latest`, memory: "512MiB", ...service } }, `${name}.yaml`),
+  );
 }
 
-const published = (index: number, port: number) => ({ ports: [{ name: "main", port, publish: ports[index] }], health: { port, grace: "120s" } });
+const published = (index: number, port: number) => ({
+  ports: [{ name: "main", port, publish: ports[index] }],
+  health: { port, grace: "120s" },
+});
 
 describe("Debian's own packages", () => {
   test("nginx serves its page", async () => {
@@ -52,18 +70,35 @@ describe("Debian's own packages", () => {
   }, 420_000);
 
   test("redis keeps a value", async () => {
-    await makeImage("redis", "redis-server", ["--config.user=redis", "--config.cmd=redis-server", "--config.cmd=--bind", "--config.cmd=*", "--config.cmd=--protected-mode", "--config.cmd=no"]);
+    await makeImage("redis", "redis-server", [
+      "--config.user=redis",
+      "--config.cmd=redis-server",
+      "--config.cmd=--bind",
+      "--config.cmd=*",
+      "--config.cmd=--protected-mode",
+      "--config.cmd=no",
+    ]);
     await deploy("redis", published(1, 6379));
     expect(await talk(ports[1] ?? 0, "SET patient 7\r\nGET patient\r\nQUIT\r\n")).toContain("+OK\r\n$1\r\n7\r\n");
   }, 420_000);
 
   test("PostgreSQL answers psql", async () => {
     const server = "/usr/lib/postgresql/15/bin/postgres";
-    const flags = ["-D", "/var/lib/postgresql/15/main", "-c", "config_file=/etc/postgresql/15/main/postgresql.conf", "-c", "listen_addresses=*", "-c", "hba_file=/tmp/hba"];
+    const flags = [
+      "-D",
+      "/var/lib/postgresql/15/main",
+      "-c",
+      "config_file=/etc/postgresql/15/main/postgresql.conf",
+      "-c",
+      "listen_addresses=*",
+      "-c",
+      "hba_file=/tmp/hba",
+    ];
     const start = `echo 'host all all all trust' > /tmp/hba; mkdir -p /run/postgresql; exec ${server} ${flags.map((flag) => `'${flag}'`).join(" ")}`;
     await makeImage("postgres", "postgresql-15", ["--config.user=postgres", "--config.cmd=sh", "--config.cmd=-c", `--config.cmd=${start}`]);
     await deploy("postgres", published(2, 5432));
-    const ask = (sql: string): Promise<string> => run("psql", ["-At", "-h", "127.0.0.1", "-p", String(ports[2]), "-U", "postgres", "-c", sql], { timeoutMs: 30_000 });
+    const ask = (sql: string): Promise<string> =>
+      run("psql", ["-At", "-h", "127.0.0.1", "-p", String(ports[2]), "-U", "postgres", "-c", sql], { timeoutMs: 30_000 });
     await eventually("it takes connections", 60_000, () => ask("select 1"));
     await ask("create table images(id int primary key, note text)");
     await ask("insert into images select n, 'slice ' || n from generate_series(1, 1000) n");

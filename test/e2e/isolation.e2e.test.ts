@@ -22,7 +22,10 @@ beforeAll(async () => {
   [port = 0] = await freePorts(1);
   await writeBusyboxImage(join(runtime.folder, "web"));
   await runtime.ok("image", "sign", join(runtime.folder, "web"));
-  const ports = [{ name: "http", port: 80, publish: port }, { name: "hidden", port: 8081 }];
+  const ports = [
+    { name: "http", port: 80, publish: port },
+    { name: "hidden", port: 8081 },
+  ];
   await runtime.ok("deploy", await runtime.manifest({ web: { image: "./web", memory: "128MiB", ports, health: { http: "/", port: 80 } } }));
 }, 180_000);
 afterAll(async () => {
@@ -33,7 +36,7 @@ afterAll(async () => {
 describe("a cell", () => {
   test("has its own address and no other, and no route out", async () => {
     const [cell] = (await runtime.json<{ items: Cell[] }>("ps")).items;
-    const addresses = (await inside("ip addr | grep inet")).stdout.split("\n").map((line) => line.trim().split(" ")[1]);
+    const addresses = (await inside("ip addr | grep inet")).stdout.split("\n").map((line) => line.trim().split(" ")[1] ?? "");
     expect(addresses.toSorted()).toEqual(["127.0.0.1/8", "::1/128", `${cell?.address}/128`].toSorted());
     const links = (await inside("ip -o link | grep -c .")).stdout.trim();
     expect(links).toBe("2");
@@ -55,11 +58,20 @@ describe("a cell", () => {
 
     stop = await internet.capture(path);
     const attempts = [
-      "wget -T 2 -O - http://192.0.2.1/", "wget -T 2 -O - 'http://[2001:db8::1]/'", "wget -T 2 -O - http://example.org/", "nslookup example.org 192.0.2.1",
-      "nslookup example.org 2001:db8::1", "nslookup example.org", "ping -c 1 -W 2 192.0.2.1", "ping -c 1 -W 2 2001:db8::1", "ping -c 1 -W 2 ff02::1%eth0",
-      "ip -6 route add default dev eth0 && wget -T 2 -O - 'http://[2001:db8::1]/'", "ip addr add 192.0.2.77/24 dev eth0 && ping -c 1 -W 2 192.0.2.1",
+      "wget -T 2 -O - http://192.0.2.1/",
+      "wget -T 2 -O - 'http://[2001:db8::1]/'",
+      "wget -T 2 -O - http://example.org/",
+      "nslookup example.org 192.0.2.1",
+      "nslookup example.org 2001:db8::1",
+      "nslookup example.org",
+      "ping -c 1 -W 2 192.0.2.1",
+      "ping -c 1 -W 2 2001:db8::1",
+      "ping -c 1 -W 2 ff02::1%eth0",
+      "ip -6 route add default dev eth0 && wget -T 2 -O - 'http://[2001:db8::1]/'",
+      "ip addr add 192.0.2.77/24 dev eth0 && ping -c 1 -W 2 192.0.2.1",
       "ip -6 addr add 2001:db8::77/64 dev eth0 nodad && ping -c 1 -W 2 -I 2001:db8::77 2001:db8::1",
-      "GATEWAY=$(ip -6 route | head -n 1 | cut -d' ' -f1); nc -w 2 $GATEWAY 22", "GATEWAY=$(ip -6 route | head -n 1 | cut -d' ' -f1); ping -c 1 -W 2 $GATEWAY",
+      "GATEWAY=$(ip -6 route | head -n 1 | cut -d' ' -f1); nc -w 2 $GATEWAY 22",
+      "GATEWAY=$(ip -6 route | head -n 1 | cut -d' ' -f1); ping -c 1 -W 2 $GATEWAY",
     ];
     for (const attempt of attempts) {
       const result = await inside(attempt);
@@ -73,7 +85,8 @@ describe("a cell", () => {
   }, 120_000);
 
   test("is reached on its published port and on no other", async () => {
-    const ask = (url: string): Promise<string> => run("nsenter", [`--net=/run/netns/${internet.host}`, "curl", "--silent", "--fail", "--max-time", "5", url]);
+    const ask = (url: string): Promise<string> =>
+      run("nsenter", [`--net=/run/netns/${internet.host}`, "curl", "--silent", "--fail", "--max-time", "5", url]);
     expect(await ask(`http://127.0.0.1:${port}/`)).toBe("hello from a cell\n");
     const [cell] = (await runtime.json<{ items: Cell[] }>("ps")).items;
     await expect(ask(`http://[${cell?.address}]/`)).rejects.toThrow();

@@ -25,11 +25,13 @@ test("deploy, stop and kill in loops, also of the agent in mid-deploy, leave not
     await writeBusyboxImage(join(runtime.folder, "web"));
     await runtime.ok("image", "sign", join(runtime.folder, "web"));
     const ports = [{ name: "http", port: 80, publish: port }];
-    const manifest = await runtime.manifest({ web: { image: "./web", memory: "128MiB", ports, health: { http: "/", port: 80 }, stopTimeout: "1s" } });
+    const manifest = await runtime.manifest({
+      web: { image: "./web", memory: "128MiB", ports, health: { http: "/", port: 80 }, stopTimeout: "1s" },
+    });
     await runtime.ok("deploy", manifest);
     await runtime.ok("rm", "web");
     await runtime.up();
-    const gone = async () => (((await runtime.json<{ items: Cell[] }>("ps", "--all")).items.length === 0) ? true : undefined);
+    const gone = async () => ((await runtime.json<{ items: Cell[] }>("ps", "--all")).items.length === 0 ? true : undefined);
     await eventually("removed", 30_000, gone);
     const idle = await takeInventory();
 
@@ -43,7 +45,11 @@ test("deploy, stop and kill in loops, also of the agent in mid-deploy, leave not
     await runtime.ok("deploy", manifest);
     const vmm = [...(await takeInventory())].find((line) => line.includes("qemu-system"));
     process.kill(Number(vmm?.split(" ")[1]), "SIGKILL");
-    await eventually("restarted", 60_000, async () => ((await runtime.json<{ items: Cell[] }>("ps")).items.some(({ restarts, state }) => restarts === 1 && state === "running") ? true : undefined));
+    await eventually("restarted", 60_000, async () =>
+      (await runtime.json<{ items: Cell[] }>("ps")).items.some(({ restarts, state }) => restarts === 1 && state === "running")
+        ? true
+        : undefined,
+    );
     await runtime.ok("rm", "web");
     await eventually("removed", 30_000, gone);
     await settle("kill -9 of the VMM", idle);

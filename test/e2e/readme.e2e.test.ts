@@ -33,6 +33,8 @@ test("the README's session", async () => {
 async function inThisPlace(arg: string, runtime: Runtime, port: number): Promise<string> {
   if (!arg.startsWith("examples/")) return arg;
   if (!arg.endsWith(".yaml")) return join(root, arg);
-  const text = (await readFile(join(root, arg), "utf8")).replace(/publish: *8080/, `publish: ${port}`).replace("./image", join(root, "examples/web/image"));
+  const text = (await readFile(join(root, arg), "utf8"))
+    .replace(/publish: *8080/, `publish: ${port}`)
+    .replace("./image", join(root, "examples/web/image"));
   return runtime.writeFile("readme.yaml", text);
 }

@@ -22,14 +22,21 @@ async function refusal(image: string): Promise<ErrorBody> {
   const manifest = await runtime.manifest({ web: { image, memory: "128MiB" } });
   const result = await runtime.forge("--json", "deploy", manifest);
   expect(result.code).toBe(5);
-  const line = result.stderr.trim().split("\n").findLast((text) => text.startsWith("{")) ?? result.stderr;
+  const line =
+    result.stderr
+      .trim()
+      .split("\n")
+      .findLast((text) => text.startsWith("{")) ?? result.stderr;
   const parsed = JSON.parse(line) as ErrorBody | { error: ErrorBody };
   return "error" in parsed ? parsed.error : parsed;
 }
 
 async function denials(): Promise<string[]> {
   const text = await runtime.ok("--json", "events", "--limit", "1000");
-  const events = text.split("\n").filter(Boolean).map((line) => JSON.parse(line) as Event);
+  const events = text
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => JSON.parse(line) as Event);
   return events.filter(({ outcome }) => outcome === "denied").map(({ details }) => String(details["code"]));
 }
 
@@ -41,11 +48,16 @@ describe("images that are refused", () => {
 
   test("tagged anew after signing: the signature is for what the tag said before", async () => {
     await cp(at("signed"), at("retagged"), { recursive: true });
-    const before = JSON.parse(await readFile(join(at("retagged"), "index.json"), "utf8")) as { manifests: { digest: string; annotations?: Record<string, string> }[] };
+    const before = JSON.parse(await readFile(join(at("retagged"), "index.json"), "utf8")) as {
+      manifests: { digest: string; annotations?: Record<string, string> }[];
+    };
     const digest = await writeBusyboxImage(at("retagged"), { files: { "/note": "changed" } });
     const after = JSON.parse(await readFile(join(at("retagged"), "index.json"), "utf8")) as typeof before;
     const signature = before.manifests.find(({ annotations }) => annotations?.["org.opencontainers.image.ref.name"] !== "latest");
-    const moved = { ...signature, annotations: { ...signature?.annotations, "org.opencontainers.image.ref.name": `${digest.replace(":", "-")}.sig` } };
+    const moved = {
+      ...signature,
+      annotations: { ...signature?.annotations, "org.opencontainers.image.ref.name": `${digest.replace(":", "-")}.sig` },
+    };
     await writeFile(join(at("retagged"), "index.json"), JSON.stringify({ ...after, manifests: [...after.manifests, moved] }));
     expect((await refusal("./retagged")).code).toBe("IMAGE_SIGNATURE_MISMATCH");
   });
@@ -69,7 +81,12 @@ describe("images that are refused", () => {
   });
 
   test("each refusal is a denial in the log, and no cell came of any", async () => {
-    expect((await denials()).toSorted()).toEqual(["IMAGE_CORRUPT", "IMAGE_SIGNATURE_MISMATCH", "IMAGE_SIGNATURE_UNTRUSTED", "IMAGE_UNSIGNED"]);
+    expect((await denials()).toSorted()).toEqual([
+      "IMAGE_CORRUPT",
+      "IMAGE_SIGNATURE_MISMATCH",
+      "IMAGE_SIGNATURE_UNTRUSTED",
+      "IMAGE_UNSIGNED",
+    ]);
     expect((await runtime.json<{ items: Cell[] }>("ps", "--all")).items).toEqual([]);
     await runtime.ok("audit", "verify");
   });

@@ -34,24 +34,31 @@ async function allAnswer(): Promise<void> {
 }
 
 describe("kill -9", () => {
-  test.each([["agent"], ["control"], ["agent", "control"]] as const)("of %s %s: cells answer, and ps is right within 5 s of the restart", async (...killed) => {
-    const before = await running();
-    for (const name of killed) if (name !== undefined) process.kill(await runtime.pid(name), "SIGKILL");
-    await allAnswer();
-    await runtime.up();
-    const restarted = Date.now();
-    const after = await eventually("ps is right again", 5000, running);
-    expect(Date.now() - restarted).toBeLessThan(5000);
-    expect(after.map(({ id, restarts, startedAt }) => ({ id, restarts, startedAt }))).toEqual(before?.map(({ id, restarts, startedAt }) => ({ id, restarts, startedAt })));
-    await allAnswer();
-    expect((await runtime.ok("exec", "web", "--", "echo", "still here")).trim()).toBe("still here");
-  }, 90_000);
+  test.each([["agent"], ["control"], ["agent", "control"]] as const)(
+    "of %s %s: cells answer, and ps is right within 5 s of the restart",
+    async (...killed) => {
+      const before = await running();
+      for (const name of killed) if (name !== undefined) process.kill(await runtime.pid(name), "SIGKILL");
+      await allAnswer();
+      await runtime.up();
+      const restarted = Date.now();
+      const after = await eventually("ps is right again", 5000, running);
+      expect(Date.now() - restarted).toBeLessThan(5000);
+      expect(after.map(({ id, restarts, startedAt }) => ({ id, restarts, startedAt }))).toEqual(
+        before?.map(({ id, restarts, startedAt }) => ({ id, restarts, startedAt })),
+      );
+      await allAnswer();
+      expect((await runtime.ok("exec", "web", "--", "echo", "still here")).trim()).toBe("still here");
+    },
+    90_000,
+  );
 
   test("nothing that was written while the agent was away is lost from the logs", async () => {
     const [cell] = await cells();
     await runtime.ok("exec", "web", "--", "true");
     process.kill(await runtime.pid("agent"), "SIGKILL");
-    for (let n = 0; n < 9; n++) await fetch(`http://127.0.0.1:${port}/?away-${n}`, { headers: { connection: "close" } }).then((answer) => answer.text());
+    for (let n = 0; n < 9; n++)
+      await fetch(`http://127.0.0.1:${port}/?away-${n}`, { headers: { connection: "close" } }).then((answer) => answer.text());
     await runtime.up();
     const logs = await eventually("the lines came", 10_000, async () => {
       const text = await runtime.ok("logs", "web");

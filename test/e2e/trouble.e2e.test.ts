@@ -13,7 +13,8 @@ import { eventually, freePorts, type ForgeResult, Runtime } from "../support/run
 let runtime: Runtime;
 const at = (name: string): string => join(runtime.folder, name);
 const small = (more: Record<string, unknown> = {}) => ({ image: "./web", memory: "128MiB", restart: "never", ...more });
-const cellOf = async (service: string): Promise<Cell | undefined> => (await runtime.json<{ items: Cell[] }>("ps", "--all")).items.find((cell) => cell.service === service);
+const cellOf = async (service: string): Promise<Cell | undefined> =>
+  (await runtime.json<{ items: Cell[] }>("ps", "--all")).items.find((cell) => cell.service === service);
 
 async function deploy(name: string, service: Record<string, unknown>, ...flags: string[]): Promise<ForgeResult> {
   return runtime.forge("deploy", ...flags, await runtime.manifest({ [name]: service }, `${name}.yaml`));
@@ -79,7 +80,8 @@ describe("what a person gets wrong", () => {
 
   test("a token of another role, a wrong token, no runtime", async () => {
     const made = await runtime.json<{ secret: string }>("token", "create", "--name", "reader", "--role", "auditor");
-    const withToken = (token: string, ...args: string[]) => run("env", [`FORGE_TOKEN=${token}`, `FORGE_HOME=${at("home")}`, "./forge", ...args], { cwd: join(import.meta.dirname, "../..") });
+    const withToken = (token: string, ...args: string[]) =>
+      run("env", [`FORGE_TOKEN=${token}`, `FORGE_HOME=${at("home")}`, "./forge", ...args], { cwd: join(import.meta.dirname, "../..") });
     await expect(withToken(made.secret, "stop", "web")).rejects.toThrow(/FORBIDDEN/);
     await expect(withToken(`${made.secret}x`, "ps")).rejects.toThrow(/UNAUTHENTICATED/);
     expect(await withToken(made.secret, "ps")).toBeDefined();
@@ -109,7 +111,11 @@ describe("what a guest does wrong", () => {
   }, 60_000);
 
   test("one that writes without end: its log is bounded and the node goes on", async () => {
-    const result = await deploy("noisy", small({ command: ["sh", "-c", "yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"] }), "--no-wait");
+    const result = await deploy(
+      "noisy",
+      small({ command: ["sh", "-c", "yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"] }),
+      "--no-wait",
+    );
     expect(result.code).toBe(0);
     await eventually("it runs", 60_000, async () => ((await cellOf("noisy"))?.state === "running" ? true : undefined));
     await new Promise((resolve) => setTimeout(resolve, 5000));

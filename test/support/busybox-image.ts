@@ -15,7 +15,37 @@ export interface BusyboxImage {
   readonly files?: Readonly<Record<string, string>>;
 }
 
-const applets = ["sh", "httpd", "sleep", "cat", "echo", "ls", "id", "env", "ip", "ping", "nc", "wget", "uname", "ps", "kill", "head", "dd", "nslookup", "printf", "test", "date", "stty", "hostname", "yes", "grep", "wc", "sync", "true", "false"];
+const applets = [
+  "sh",
+  "httpd",
+  "sleep",
+  "cat",
+  "echo",
+  "ls",
+  "id",
+  "env",
+  "ip",
+  "ping",
+  "nc",
+  "wget",
+  "uname",
+  "ps",
+  "kill",
+  "head",
+  "dd",
+  "nslookup",
+  "printf",
+  "test",
+  "date",
+  "stty",
+  "hostname",
+  "yes",
+  "grep",
+  "wc",
+  "sync",
+  "true",
+  "false",
+];
 const serve = ["httpd", "-f", "-v", "-p", "[::]:80", "-h", "/www"];
 
 /** Writes an OCI layout to `folder` with one image tagged `latest`; returns the manifest's digest. */
@@ -26,7 +56,12 @@ export async function writeBusyboxImage(folder: string, image: BusyboxImage = {}
   const config = {
     architecture: process.arch === "arm64" ? "arm64" : "amd64",
     os: "linux",
-    config: { Entrypoint: image.argv ?? serve, Env: image.env ?? ["PATH=/bin"], User: image.user ?? "", WorkingDir: image.workingDir ?? "/" },
+    config: {
+      Entrypoint: image.argv ?? serve,
+      Env: image.env ?? ["PATH=/bin"],
+      User: image.user ?? "",
+      WorkingDir: image.workingDir ?? "/",
+    },
     rootfs: { type: "layers", diff_ids: [digestOf(layer)] },
   };
   const configBlob = await putBlob(folder, Buffer.from(JSON.stringify(config)));

@@ -69,7 +69,8 @@ export class Runtime {
   /** Runs `forge …` and gives its stdout; anything but success is an error that shows what it said. */
   async ok(...args: string[]): Promise<string> {
     const result = await this.forge(...args);
-    if (result.code !== 0) throw new Error(`forge ${args.join(" ")} ended with ${result.code}\n${result.stdout}\n${result.stderr}\n${await this.#logs()}`);
+    if (result.code !== 0)
+      throw new Error(`forge ${args.join(" ")} ended with ${result.code}\n${result.stdout}\n${result.stderr}\n${await this.#logs()}`);
     return result.stdout;
   }
 
@@ -103,7 +104,9 @@ export class Runtime {
   }
 
   async #logs(): Promise<string> {
-    const texts = await Promise.all(["control", "agent"].map((name) => readFile(join(this.dataDir, "log", `${name}.log`), "utf8").catch(() => "")));
+    const texts = await Promise.all(
+      ["control", "agent"].map((name) => readFile(join(this.dataDir, "log", `${name}.log`), "utf8").catch(() => "")),
+    );
     return texts.map((text) => text.split("\n").slice(-15).join("\n")).join("\n---\n");
   }
 }
@@ -128,15 +131,15 @@ export async function freePorts(count: number): Promise<number[]> {
 /** Runs until it gives something else than undefined; the last failure is told when time is up. */
 export async function eventually<T>(what: string, timeoutMs: number, attempt: () => Promise<T | undefined>): Promise<T> {
   const deadline = Date.now() + timeoutMs;
-  let last: unknown;
+  let last = "";
   while (Date.now() < deadline) {
     try {
       const found = await attempt();
       if (found !== undefined) return found;
     } catch (error) {
-      last = error;
+      last = error instanceof Error ? `: ${error.message}` : "";
     }
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
-  throw new Error(`not within ${timeoutMs} ms: ${what}${last === undefined ? "" : ` (${String(last)})`}`);
+  throw new Error(`not within ${timeoutMs} ms: ${what}${last}`);
 }

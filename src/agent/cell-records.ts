@@ -1,7 +1,7 @@
 import { readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import { cellAssignmentSchema, cellReportSchema } from "../api/node.ts";
+import { type CellAssignment, cellAssignmentSchema, cellReportSchema } from "../api/node.ts";
 import { makeDirectory, removeDurable, writeDurable } from "../base/durable.ts";
 import { ForgeError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
@@ -16,6 +16,22 @@ const recordSchema = z.object({
 });
 /** What the agent must know of a cell to take it over after its own restart. */
 export type CellRecord = z.infer<typeof recordSchema>;
+
+/** Of a cell that was assigned and nothing more. */
+export function newRecord(assignment: CellAssignment): CellRecord {
+  const nothing = {
+    reason: null,
+    measurement: null,
+    vmm: null,
+    emulated: null,
+    exitStatus: null,
+    startedAt: null,
+    restarts: 0,
+    phases: {},
+    published: [],
+  };
+  return { assignment, boot: 0, report: { id: assignment.id, revision: assignment.revision, state: "assigned", ...nothing }, cpus: null };
+}
 
 /** One small durable file a cell. */
 export class CellRecords {

@@ -1,4 +1,3 @@
-import { constants } from "node:os";
 import type { CellAssignment, CellReport } from "../api/node.ts";
 import { durationMs, memoryBytes } from "../api/manifest.ts";
 import type { AuditEvent } from "../audit/index.ts";
@@ -6,11 +5,14 @@ import type { Clock } from "../base/clock.ts";
 import { ForgeError, toForgeError } from "../base/errors.ts";
 import { closeSync } from "node:fs";
 import type { Logger } from "../base/log.ts";
-import type { Cell, CellEnd, CellHandlers, ExecOptions, ExecSession, GuestConfig, IsoCells } from "../isocell/index.ts";
+import type { Cell, CellEnd, CellHandlers, ExecOptions, ExecSession, IsoCells } from "../isocell/index.ts";
 import type { RootfsArtifact } from "../isocell/image/index.ts";
-import { attach, type Attachment, checkPublishable, detach, publish, unpublish } from "../mesh/index.ts";
-import type { CellRecord, CellRecords } from "./cell-records.ts";
+import type { Attachment } from "../mesh/index.ts";
+import { CellNetwork } from "./cell-network.ts";
+import { type CellRecord, type CellRecords, newRecord } from "./cell-records.ts";
 import type { CpuPool } from "./cpus.ts";
+import { guestConfigOf } from "./guest-config.ts";
+import { HealthCheck } from "./health-check.ts";
 import type { NodeImages } from "./images.ts";
 import { CellLog } from "./logs.ts";
 
@@ -41,7 +43,6 @@ const backoffMsLeast = 500;
 const backoffMsMost = 60_000;
 /** A cell that ran this long starts again at the least backoff. */
 const settledMs = 60_000;
-const probePauseMsLeast = 25;
 const readyMsWithoutHealth = 120_000;
 /** Errors that trying again cannot mend: somebody must act. */
 const refusals = new Set([
@@ -60,26 +61,27 @@ const refusals = new Set([
 export class CellRunner {
   readonly log: CellLog;
   readonly #tools: RunnerTools;
+  readonly #network: CellNetwork;
   #assignment: CellAssignment;
   #boot: number;
   /** Host CPUs this boot has for itself; null: shared. */
   #cpus: readonly number[] | null;
   #report: CellReport;
   #cell: Cell | undefined;
-  #attachment: Attachment | undefined;
   #bootedAtMs = 0;
   /** When this boot's entrypoint started, by the monotonic clock. */
   #started = Promise.withResolvers<number>();
   #backoffMs = backoffMsLeast;
   /** Aborted, and replaced, whenever what is desired of this cell changes. */
   #change = new AbortController();
+  #isLogFailing = false;
   #halted = false;
   #abandoned = false;
   readonly #living: Promise<void>;
 
   /** Takes on a new cell; durable before anything of it exists. */
   static async begin(assignment: CellAssignment, tools: RunnerTools): Promise<CellRunner> {
-    const record: CellRecord = { assignment, boot: 0, report: firstReport(assignment), cpus: null };
+    const record = newRecord(assignment);
     await tools.records.write(record);
     return CellRunner.resume(record, tools);
   }
@@ -96,7 +98,7 @@ export class CellRunner {
     this.#assignment = record.assignment;
     this.#boot = record.boot;
     this.#cpus = record.cpus;
-    this.#attachment = attachment;
+    this.#network = new CellNetwork(record.assignment, { stateDir: `${tools.dir}/mesh`, publishAddress: tools.publishAddress }, attachment);
     this.#report = record.report;
     tools.cpus.adopt(record.assignment.id, record.cpus);
     this.#living = this.#live();
@@ -203,13 +205,19 @@ export class CellRunner {
   /** Brings the cell up (unless it already runs) and stays with it until it ends, or until something else is desired. */
   async #attempt(): Promise<Outcome> {
     const change = this.#change.signal;
+    const over = new AbortController();
     try {
       const cell = (this.#cell ??= await this.#bring(change));
       const ended = cell.ended.then((end): Outcome => ({ kind: "ended", end }));
       const asked = aborted(change).then((): Outcome => ({ kind: "asked" }));
-      const served = this.#serve(cell, change).catch((error: unknown): Outcome => ({ kind: "error", error: toForgeError(error) }));
-      // A guest that dies makes probes fail too: what it said of its end is the better reason.
+      const served = this.#serve(cell, AbortSignal.any([change, over.signal])).catch((error: unknown): Outcome => ({
+        kind: "error",
+        error: toForgeError(error),
+      }));
       const first = await Promise.race([ended, asked, served]);
+      over.abort();
+      await served; // what it was about to open must be there to be closed
+      // A guest that dies makes probes fail too: what it said of its end is the better reason.
       return first.kind === "error" && cell.state === "ended" ? await ended : first;
     } catch (error) {
       return change.aborted ? { kind: "asked" } : { kind: "error", error: toForgeError(error) };
@@ -220,14 +228,13 @@ export class CellRunner {
   async #bring(signal: AbortSignal): Promise<Cell> {
     this.#boot += 1;
     this.#set({ state: "preparing", reason: null, exitStatus: null, measurement: null, startedAt: null, phases: {}, published: [] });
-    this.#checkPorts();
+    this.#network.checkPorts();
     const artifact = await this.#timed("prepareMs", () => this.#tools.images.prepare(this.#assignment.image, signal));
     signal.throwIfAborted();
     const { spec } = this.#assignment;
     this.#cpus = this.#tools.cpus.allocate(this.id, spec.vcpus);
-    const [attachment] = await this.#timed("attachMs", () => Promise.all([this.#attach(), this.#write()]));
-    this.#attachment = attachment;
-    const guest = this.#guestConfig(artifact, attachment);
+    const attachment = await this.#timed("attachMs", async () => this.#network.attach(this.#tools.gateway));
+    const guest = guestConfigOf(this.#assignment, artifact, attachment);
     const tapFd = attachment.openTap();
     try {
       this.#set({ state: "starting" });
@@ -248,7 +255,7 @@ export class CellRunner {
   /** Waits for readiness, publishes, and then watches health until the change. Rejects when the cell must end. */
   async #serve(cell: Cell, signal: AbortSignal): Promise<Outcome> {
     if (this.#report.state !== "running") await this.#becomeReady(cell, signal);
-    else await this.#publish(); // by an earlier agent; what lives is left alone
+    else await this.#network.publish(cell.cgroupProcsFiles); // by an earlier agent; what lives is left alone
     await this.#watch(cell, signal);
     return { kind: "asked" };
   }
@@ -257,10 +264,11 @@ export class CellRunner {
     const { health } = this.#assignment.spec;
     const graceMs = health === undefined ? readyMsWithoutHealth : durationMs(health.grace);
     const deadline = AbortSignal.any([signal, AbortSignal.timeout(graceMs)]);
-    const detail = await this.#firstSuccess(cell, deadline);
+    const detail = await this.#notReadyBecause(cell, deadline);
     signal.throwIfAborted();
     if (detail !== undefined) throw new ForgeError("GUEST_NOT_READY", `the cell did not become ready within ${graceMs} ms: ${detail}`);
-    const published = await this.#publish();
+    const published = await this.#network.publish(cell.cgroupProcsFiles);
+    signal.throwIfAborted();
     const startedAtMs = await this.#started.promise;
     const entrypointMs = this.#tools.clock.monotonicMs() - startedAtMs;
     await this.#fact("cell.ready", "success", { afterMs: Math.round(this.#tools.clock.monotonicMs() - this.#bootedAtMs) });
@@ -273,119 +281,37 @@ export class CellRunner {
     await this.#write();
   }
 
-  /** Undefined when ready; else what the last probe said when time was up. */
-  async #firstSuccess(cell: Cell, deadline: AbortSignal): Promise<string | undefined> {
-    const { health } = this.#assignment.spec;
+  /** Undefined when ready; else what there is to say when time was up. */
+  async #notReadyBecause(cell: Cell, deadline: AbortSignal): Promise<string | undefined> {
     await Promise.race([this.#started.promise, aborted(deadline)]);
     if (deadline.aborted) return "its program did not start";
-    if (health === undefined) return undefined;
-    let detail = "it was not asked yet";
-    for (let pauseMs = probePauseMsLeast; !deadline.aborted; pauseMs = Math.min(pauseMs * 1.5, durationMs(health.interval))) {
-      const result = await this.#probe(cell);
-      if (result.ok) return undefined;
-      detail = result.detail;
-      await this.#tools.clock.sleep(pauseMs, deadline).catch(() => undefined); // time is up: the loop ends
-    }
-    return detail;
+    return this.#healthOf(cell)?.firstSuccess(deadline);
   }
 
-  /** Resolves at the change; rejects when health failed too often in a row. */
+  /** Resolves at the end of the signal; rejects when health failed too often in a row. */
   async #watch(cell: Cell, signal: AbortSignal): Promise<void> {
+    const detail = await this.#healthOf(cell)?.lastFailure(signal);
+    if (detail === undefined) return aborted(signal);
+    const { failures } = this.#assignment.spec.health ?? {};
+    await this.#fact("cell.unhealthy", "failure", { failures });
+    throw new ForgeError("CELL_FAILED", `its health check failed ${failures} times in a row: ${detail}`);
+  }
+
+  #healthOf(cell: Cell): HealthCheck | undefined {
     const { health } = this.#assignment.spec;
-    if (health === undefined) return aborted(signal);
-    let failures = 0;
-    while (!signal.aborted) {
-      await this.#tools.clock.sleep(durationMs(health.interval), signal).catch(() => undefined); // changed: the loop ends
-      if (signal.aborted) return;
-      const result = await this.#probe(cell);
-      failures = result.ok ? 0 : failures + 1;
-      if (failures < health.failures) continue;
-      await this.#fact("cell.unhealthy", "failure", { failures });
-      throw new ForgeError("CELL_FAILED", `its health check failed ${failures} times in a row: ${result.detail}`);
-    }
-  }
-
-  #probe(cell: Cell): Promise<{ ok: boolean; detail: string }> {
-    const { health } = this.#assignment.spec;
-    const httpPath = health?.http === undefined ? {} : { httpPath: health.http };
-    return cell.probe({ port: health?.port ?? 0, timeoutMs: durationMs(health?.timeout ?? "1s"), ...httpPath });
-  }
-
-  /** Known taken before anything is made; the listener itself comes with readiness. */
-  #checkPorts(): void {
-    for (const { publish: port } of this.#assignment.spec.ports) {
-      if (port !== undefined) checkPublishable(this.#tools.publishAddress, port, this.#meshDir);
-    }
-  }
-
-  async #attach(): Promise<Attachment> {
-    const ports = this.#assignment.spec.ports.filter(({ publish: published }) => published !== undefined).map(({ port }) => port);
-    if (this.#tools.gateway === "") throw new ForgeError("UNAVAILABLE", "the control plane has not yet told this node its network");
-    return attach({
-      cellId: this.id,
-      address: this.#assignment.address,
-      gateway: this.#tools.gateway,
-      allow: { ports },
-      stateDir: this.#meshDir,
-    });
-  }
-
-  async #publish(): Promise<CellReport["published"]> {
-    const { spec, address } = this.#assignment;
-    const netnsPath = this.#attachment?.netnsPath;
-    const cgroupProcsFiles = this.#cell?.cgroupProcsFiles;
-    if (netnsPath === undefined || cgroupProcsFiles === undefined)
-      throw new ForgeError("INTERNAL", "a cell without an interface cannot be published");
-    const published: CellReport["published"] = [];
-    for (const { name, port, publish: publishedPort } of spec.ports) {
-      if (publishedPort === undefined) continue;
-      const listenAddress = this.#tools.publishAddress;
-      await publish({
-        cellId: this.id,
-        netnsPath,
-        cgroupProcsFiles,
-        listenAddress,
-        publishedPort,
-        cellAddress: address,
-        cellPort: port,
-        stateDir: this.#meshDir,
-      });
-      published.push({ name, address: listenAddress, port: publishedPort });
-    }
-    return published;
-  }
-
-  /** What the image says, and over it what the manifest says. */
-  #guestConfig(artifact: RootfsArtifact, attachment: Attachment): GuestConfig {
-    const { spec, service } = this.#assignment;
-    const { config } = artifact;
-    const argv = spec.command ?? [...config.entrypoint, ...config.cmd];
-    if (argv.length === 0) throw new ForgeError("INVALID_INPUT", "neither the image nor the manifest says which program to run");
-    return {
-      cellId: this.id,
-      hostname: `${service}-${this.id.slice(-6)}`,
-      argv,
-      env: { ...Object.fromEntries(config.env.map(splitVariable)), ...spec.env },
-      cwd: config.workingDir === "" ? "/" : config.workingDir,
-      user: spec.user ?? config.user,
-      stopSignal: signalNumber(config.stopSignal),
-      address: attachment.address,
-      gateway: attachment.gateway,
-      gatewayMac: attachment.gatewayMac,
-      mtu: attachment.mtu,
-    };
+    return health === undefined ? undefined : new HealthCheck(cell, health, this.#tools.clock);
   }
 
   /** One durable write for the three facts that stand before the VM exists. */
   async #recordStart(artifact: RootfsArtifact, measurement: string): Promise<void> {
-    const { image, address, spec } = this.#assignment;
-    const allow = spec.ports.filter(({ publish: published }) => published !== undefined).length;
+    const { image, address } = this.#assignment;
     const { vmm } = this.#tools.isocells;
-    await this.#tools.record(
+    const facts = [
       this.#factOf("cell.prepared", "success", { imageDigest: image.digest, rootHash: artifact.rootHash }),
-      this.#factOf("cell.attached", "success", { address, allow }),
+      this.#factOf("cell.attached", "success", { address, allow: this.#network.allowedPorts.length }),
       this.#factOf("cell.started", "success", { measurement, vmm: vmm.name, emulated: vmm.emulated }),
-    );
+    ];
+    await Promise.all([this.#tools.record(...facts), this.#write()]);
     this.#set({ measurement, vmm: vmm.name, emulated: vmm.emulated });
   }
 
@@ -393,10 +319,16 @@ export class CellRunner {
     const boot = this.#boot;
     return {
       started: () => this.#started.resolve(this.#tools.clock.monotonicMs()),
-      log: ({ sequence, time, stream, bytes }) => this.log.append(boot, sequence, time, stream, bytes),
+      // A disk that is full costs the lines, not the cell.
+      log: ({ sequence, time, stream, bytes }) => this.log.append(boot, sequence, time, stream, bytes).catch(() => this.#logFailed()),
       dropped: ({ fromSequence, toSequence }) =>
         void this.#say(`${toSequence - fromSequence + 1} pieces of output were lost while nobody could take them`),
     };
+  }
+
+  #logFailed(): void {
+    if (!this.#isLogFailing) this.#tools.log.error({ cell: this.id }, "the cell's output cannot be written: lines are lost");
+    this.#isLogFailing = true;
   }
 
   /** Among the cell's own lines. A disk that is full is told elsewhere. */
@@ -409,7 +341,7 @@ export class CellRunner {
     const cell = this.#cell;
     if (cell === undefined && this.#report.state === "stopped") return;
     this.#set({ state: "stopping", reason: null });
-    await unpublish(this.id, this.#meshDir);
+    await this.#network.unpublish();
     const end = await cell?.stop(durationMs(this.#assignment.spec.stopTimeout));
     await this.#release();
     const exitStatus = end === undefined ? null : exitStatusOf(end);
@@ -458,16 +390,11 @@ export class CellRunner {
   /** Nothing of the boot is left after this: idempotent, in the reverse order of making. */
   async #release(): Promise<void> {
     this.#cell = undefined;
-    await unpublish(this.id, this.#meshDir);
+    await this.#network.unpublish();
     await this.#tools.isocells.remove(this.id);
-    detach(this.id, this.#meshDir);
-    this.#attachment = undefined;
+    this.#network.detach();
     this.#tools.cpus.free(this.id);
     this.#cpus = null;
-  }
-
-  get #meshDir(): string {
-    return `${this.#tools.dir}/mesh`;
   }
 
   async #timed<T>(phase: "prepareMs" | "attachMs", work: () => Promise<T>): Promise<T> {
@@ -510,11 +437,6 @@ export class CellRunner {
   }
 }
 
-function firstReport(assignment: CellAssignment): CellReport {
-  const nothing = { reason: null, measurement: null, vmm: null, emulated: null, exitStatus: null, startedAt: null };
-  return { id: assignment.id, revision: assignment.revision, state: "assigned", restarts: 0, phases: {}, published: [], ...nothing };
-}
-
 /** Resolves when the signal is aborted. */
 async function aborted(signal: AbortSignal): Promise<void> {
   if (signal.aborted) return;
@@ -525,17 +447,4 @@ async function aborted(signal: AbortSignal): Promise<void> {
 function exitStatusOf({ status }: CellEnd): number | null {
   if (status === null) return null;
   return "code" in status ? status.code : 128 + status.signal;
-}
-
-function splitVariable(text: string): [string, string] {
-  const at = text.indexOf("=");
-  return at === -1 ? [text, ""] : [text.slice(0, at), text.slice(at + 1)];
-}
-
-/** Number of `SIGQUIT`, `QUIT` or `3`; SIGTERM where the image names none. */
-function signalNumber(name: string): number {
-  if (name === "") return constants.signals.SIGTERM;
-  if (/^[0-9]{1,2}$/.test(name)) return Number(name);
-  const key = name.startsWith("SIG") ? name : `SIG${name}`;
-  return (constants.signals as Record<string, number>)[key] ?? constants.signals.SIGTERM;
 }

@@ -18,7 +18,7 @@ export interface Step {
   readonly patienceMs?: (context: StepContext) => Promise<number>;
   /** What a waiting step says when its patience ends. */
   readonly tooLate?: (context: StepContext) => ForgeError;
-  /** Nobody outside the database learns of it: the machine may lose it and do it again, so it need not wait for the disk. */
+  /** Nobody outside the database learns of it: it shares the transaction, and the wait for the disk, of the step after it. */
   readonly internal?: boolean;
 }
 

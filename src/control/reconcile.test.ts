@@ -102,8 +102,9 @@ test.each(["address", "assign", "ready", "retire"])("a step %s that fails is und
   run(steps);
   const read = () => plane.control.db.selectFrom("cells").selectAll().executeTakeFirstOrThrow();
   for (let attempt = 0; attempt < 200 && (await read()).state !== "failed"; attempt++) await delay(50);
-  const names = deploySteps.map((step) => step.name);
-  expect(undone).toEqual(names.slice(0, names.indexOf(name)).toReversed());
+  const before = deploySteps.slice(0, deploySteps.findIndex((step) => step.name === name));
+  while (before.at(-1)?.internal === true) before.pop(); // gone with the transaction of the step that failed
+  expect(undone).toEqual(before.map((step) => step.name).toReversed());
   expect(await read()).toMatchObject({ state: "failed", reason: "it did not work", holds_room: name === "ready" || name === "retire" });
   expect(await plane.control.db.selectFrom("jobs").select("id").execute()).toEqual([]);
 });

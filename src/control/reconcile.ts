@@ -102,30 +102,35 @@ export class Reconciler {
     }
   }
 
-  /** One step forward, or back when it failed. False when there is nothing more to do now. */
+  /**
+   * One step forward, or back when it failed. Internal steps share the transaction of the step after them: nobody outside
+   * the database has learnt of them, so a crash may undo them all. False when there is nothing more to do now.
+   */
   async #advance({ id, cell_id: cellId }: Job): Promise<boolean> {
     return transact(this.#control.db, async (trx) => {
-      const cell = await trx.selectFrom("cells").selectAll().where("id", "=", cellId).forUpdate().executeTakeFirst();
-      const job = await trx
-        .selectFrom("jobs")
-        .selectAll()
-        .where("id", "=", id)
-        .where("lease_owner", "=", this.#owner)
-        .forUpdate()
-        .executeTakeFirst();
-      if (cell === undefined || job === undefined) return false; // removed meanwhile, or no longer ours
-      const context = { trx, control: this.#control, cell };
-      return job.failure === null ? this.#stepForward(context, job) : this.#stepBack(context, job, job.failure);
+      for (;;) {
+        const cell = await trx.selectFrom("cells").selectAll().where("id", "=", cellId).forUpdate().executeTakeFirst();
+        const job = await trx
+          .selectFrom("jobs")
+          .selectAll()
+          .where("id", "=", id)
+          .where("lease_owner", "=", this.#owner)
+          .forUpdate()
+          .executeTakeFirst();
+        if (cell === undefined || job === undefined) return false; // removed meanwhile, or no longer ours
+        const context = { trx, control: this.#control, cell };
+        if (job.failure !== null) return this.#stepBack(context, job, job.failure);
+        const step = this.#steps[this.#indexOf(job) + 1];
+        const goesOn = await this.#stepForward(context, job, step);
+        if (!goesOn || step?.internal !== true) return goesOn;
+      }
     });
   }
 
-  async #stepForward(context: StepContext, job: Job): Promise<boolean> {
-    const index = this.#indexOf(job) + 1;
-    const step = this.#steps[index];
+  async #stepForward(context: StepContext, job: Job, step: Step | undefined): Promise<boolean> {
     if (step === undefined) return this.#finish(context.trx, job);
-    if (step.internal === true) await sql`set local synchronous_commit = off`.execute(context.trx);
     if ((await step.do(context)) === "wait") return this.#putToSleep(context, job, step);
-    if (index === this.#steps.length - 1) return this.#finish(context.trx, job);
+    if (step === this.#steps.at(-1)) return this.#finish(context.trx, job);
     await this.#renew(context.trx, job, { step: step.name, deadline_at: null });
     return true;
   }

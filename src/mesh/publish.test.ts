@@ -8,7 +8,7 @@ import { listenTcp, pidfdOpen, waitForExit } from "../base/linux.ts";
 import { readCounters, updatePolicy } from "./attach.ts";
 import { buildBpf } from "./bpf/build.ts";
 import { attachTestCell, startTestGuest, type TestCell, type TestGuest } from "./guest.fixture.ts";
-import { listPublished, publish, type PublishOptions, unpublish } from "./publish.ts";
+import { checkPublishable, listPublished, publish, type PublishOptions, unpublish } from "./publish.ts";
 
 let cell: TestCell;
 let guest: TestGuest;
@@ -127,6 +127,23 @@ describe("a port that is taken", () => {
   });
 });
 
+describe("a port of another service", () => {
+  test("is refused while a publication of it lives, in whatever cell", async () => {
+    const { owner } = await publish(optionsOf());
+    expect(owner).toBe("ten_a/web");
+    const stranger = { ...optionsOf(), cellId: "cell_stranger", owner: "ten_b/web" };
+    await expect(publish(stranger)).rejects.toMatchObject({ code: "PORT_TAKEN" });
+    expect(() => checkPublishable("127.0.0.1", port, "ten_b/web", cell.stateDir)).toThrow(expect.objectContaining({ code: "PORT_TAKEN" }));
+    checkPublishable("127.0.0.1", port, "ten_a/web", cell.stateDir);
+    await unpublish(cell.attachment.cellId, cell.stateDir, port);
+    checkPublishable("127.0.0.1", port, "ten_b/web", cell.stateDir);
+  });
+
+  test.each(["", "a b", "a\nb", "A", "é"])("an owner's name is plain: %j is refused", async (owner) => {
+    await expect(publish({ ...optionsOf(), owner })).rejects.toMatchObject({ code: "INVALID_INPUT" });
+  });
+});
+
 describe("after a kill of the agent", () => {
   test("publications serve on, and are found and ended by the next agent", async () => {
     const program = `
@@ -151,8 +168,8 @@ describe("after a kill of the agent", () => {
       const folder = join(cell.stateDir, "published/cell_gone");
       mkdirSync(folder, { recursive: true });
       const boot = readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim();
-      writeFileSync(join(folder, "4000"), `${boot} ${bystander.pid} 1\n`);
-      writeFileSync(join(folder, "4001"), `another-boot ${bystander.pid} ${startTimeOf(bystander.pid!)}\n`);
+      writeFileSync(join(folder, "4000"), `${boot} ${bystander.pid} 1 ten_a/web\n`);
+      writeFileSync(join(folder, "4001"), `another-boot ${bystander.pid} ${startTimeOf(bystander.pid!)} ten_a/web\n`);
       expect(listPublished(cell.stateDir).some(({ cellId }) => cellId === "cell_gone")).toBe(false);
       await unpublish("cell_gone", cell.stateDir);
       expect(bystander.exitCode).toBeNull();
@@ -168,6 +185,7 @@ function optionsOf(): PublishOptions {
   const { cellId, netnsPath, address } = cell.attachment;
   return {
     cellId,
+    owner: "ten_a/web",
     netnsPath,
     cgroupProcsFiles: [],
     listenAddress: "127.0.0.1",

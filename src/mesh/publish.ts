@@ -18,6 +18,8 @@ import { cellPath, namesIn, removeFolderIfEmpty, stateFolder } from "./state.ts"
 
 export interface PublishOptions {
   readonly cellId: string;
+  /** Whose the port is, of a-z, 0-9, "_", "/" and "-": cells of one owner share it, nobody else may. */
+  readonly owner: string;
   readonly netnsPath: string;
   /** cgroup.procs files (v1: one a controller) that the proxy joins before it runs. */
   readonly cgroupProcsFiles: readonly string[];
@@ -30,6 +32,7 @@ export interface PublishOptions {
 
 export interface Published {
   readonly cellId: string;
+  readonly owner: string;
   readonly publishedPort: number;
   readonly pid: number;
 }
@@ -40,19 +43,19 @@ const maxConnections = 1024;
 const maxOpenFiles = maxConnections * 6 + 128;
 
 /**
- * Publishes a port of the cell, or returns the publication that lives already. Replicas may share a port; PORT_TAKEN
- * where somebody else listens on it. When it resolves, connections are accepted.
+ * Publishes a port of the cell, or returns the publication that lives already. Cells of one owner share a port;
+ * PORT_TAKEN where anybody else listens on it. When it resolves, connections are accepted.
  */
 export async function publish(options: PublishOptions): Promise<Published> {
-  const { cellId, publishedPort, stateDir } = options;
+  const { cellId, owner, publishedPort, stateDir } = options;
   const record = recordPath(cellId, publishedPort, stateDir);
   const living = livingProcess(record);
-  if (living !== undefined) return { cellId, publishedPort, pid: living.pid };
+  if (living !== undefined) return { cellId, publishedPort, ...living };
   if (!existsSync(proxyProgram)) throw new ForgeError("UNSUPPORTED", `the program ${proxyProgram} is not installed`);
   mkdirSync(cellPath(stateDir, "published", cellId), { recursive: true, mode: 0o700 });
   const listener = openListener(options);
   try {
-    return { cellId, publishedPort, pid: await startProxy(options, record, listener) };
+    return { cellId, owner, publishedPort, pid: await startProxy(options, record, listener) };
   } finally {
     closeSync(listener);
   }
@@ -72,39 +75,42 @@ export function listPublished(stateDir: string): Published[] {
   return namesIn(stateFolder(stateDir, "published")).flatMap((cellId) =>
     portsIn(cellPath(stateDir, "published", cellId)).flatMap((publishedPort) => {
       const living = livingProcess(recordPath(cellId, publishedPort, stateDir));
-      return living === undefined ? [] : [{ cellId, publishedPort, pid: living.pid }];
+      return living === undefined ? [] : [{ cellId, publishedPort, ...living }];
     }),
   );
 }
 
 /**
- * Throws PORT_TAKEN where somebody else listens on the port. A foreigner who listens with SO_REUSEPORT would go
- * unnoticed, so the first of our own asks for the port alone.
+ * Throws PORT_TAKEN where anybody but the owner listens on the port. A foreigner who listens with SO_REUSEPORT would go
+ * unnoticed, so the owner's first asks for the port alone.
  */
-export function checkPublishable(listenAddress: string, publishedPort: number, stateDir: string): void {
-  const isOurs = listPublished(stateDir).some((other) => other.publishedPort === publishedPort);
-  if (!isOurs) closeSync(listenTcp(listenAddress, publishedPort, { reusePort: false }));
+export function checkPublishable(listenAddress: string, publishedPort: number, owner: string, stateDir: string): void {
+  if (!/^[a-z0-9_/-]{1,200}$/.test(owner))
+    throw new ForgeError("INVALID_INPUT", "the owner of a published port has a name of a-z, 0-9, _, / and -");
+  const living = listPublished(stateDir).filter((other) => other.publishedPort === publishedPort);
+  if (living.some((other) => other.owner !== owner)) throw new ForgeError("PORT_TAKEN", `port ${publishedPort} is another service's`);
+  if (living.length === 0) closeSync(listenTcp(listenAddress, publishedPort, { reusePort: false }));
 }
 
-function openListener({ listenAddress, publishedPort, stateDir }: PublishOptions): number {
-  checkPublishable(listenAddress, publishedPort, stateDir);
+function openListener({ listenAddress, publishedPort, owner, stateDir }: PublishOptions): number {
+  checkPublishable(listenAddress, publishedPort, owner, stateDir);
   return listenTcp(listenAddress, publishedPort, { reusePort: true });
 }
 
 /**
  * Runs in the cell's network namespace, still privileged: joins the cgroups, records itself (boot, process number and
- * start time, which together never repeat), and gives up its privileges. LISTEN_FDS is sd_listen_fds(3).
+ * start time, which together never repeat, and the owner), and gives up its privileges. LISTEN_FDS is sd_listen_fds(3).
  */
 const launcher = `
 set -eu
-record=$1 files=$2
-shift 2
+record=$1 owner=$2 files=$3
+shift 3
 while [ "$1" != -- ]; do echo $$ > "$1"; shift; done
 shift
 ulimit -n "$files"
 read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ start _ < /proc/$$/stat
 read -r boot < /proc/sys/kernel/random/boot_id
-echo "$boot $$ $start" > "$record"
+echo "$boot $$ $start $owner" > "$record"
 export LISTEN_PID=$$ LISTEN_FDS=1
 exec "$@"
 `;
@@ -129,8 +135,8 @@ async function startProxy(options: PublishOptions, record: string, listener: num
     `--connections-max=${maxConnections}`,
     `${options.cellAddress}:${options.cellPort}`,
   ];
-  const launch = [`--net=${options.netnsPath}`, "sh", "-c", launcher, "publish", record, String(maxOpenFiles), ...options.cgroupProcsFiles];
-  const child = spawn("nsenter", [...launch, "--", ...unprivileged, ...incapable, ...proxy], {
+  const launch = ["sh", "-c", launcher, "publish", record, options.owner, String(maxOpenFiles), ...options.cgroupProcsFiles];
+  const child = spawn("nsenter", [`--net=${options.netnsPath}`, ...launch, "--", ...unprivileged, ...incapable, ...proxy], {
     detached: true,
     cwd: "/",
     env: { ...childEnvironment },
@@ -196,13 +202,13 @@ async function endProcess(record: string): Promise<void> {
 }
 
 /** The process a record speaks of, where that very process still runs. */
-function livingProcess(record: string): { pid: number } | undefined {
-  const [, boot, pid, start] = /^(\S+) (\d+) (\d+)\n$/.exec(readIfPresent(record)) ?? [];
-  if (boot === undefined || boot !== readIfPresent("/proc/sys/kernel/random/boot_id").trim()) return undefined;
+function livingProcess(record: string): { pid: number; owner: string } | undefined {
+  const [, boot, pid, start, owner] = /^(\S+) (\d+) (\d+) ([a-z0-9_/-]+)\n$/.exec(readIfPresent(record)) ?? [];
+  if (boot === undefined || owner === undefined || boot !== readIfPresent("/proc/sys/kernel/random/boot_id").trim()) return undefined;
   // proc(5): the name, which may hold anything, ends with the last parenthesis; then state (3rd field) … start time (22nd).
   const stat = readIfPresent(`/proc/${pid}/stat`);
   const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-  return fields[0] !== "Z" && fields[0] !== "X" && fields[19] === start ? { pid: Number(pid) } : undefined;
+  return fields[0] !== "Z" && fields[0] !== "X" && fields[19] === start ? { pid: Number(pid), owner } : undefined;
 }
 
 function readIfPresent(path: string): string {

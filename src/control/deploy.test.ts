@@ -236,20 +236,3 @@ describe("a cell that fails", () => {
     await node.desiredWhen(({ cells }) => cells.length === 1 && cells[0]?.desired === "running" && cells[0].id !== cell?.id);
   });
 });
-
-test("how long from the request to the node", async () => {
-  const samples: number[] = [];
-  for (let round = 0; round < 12; round++) {
-    await node.desired(0);
-    const waiting = node.link.desired(node.generation, 10_000, AbortSignal.timeout(15_000));
-    await delay(20);
-    const begun = performance.now();
-    await client.call("applyService", { body: plane.apply(`web-${round}`, image) });
-    const state = await waiting;
-    samples.push(performance.now() - begun);
-    expect(state.cells).toHaveLength(round + 1);
-  }
-  samples.sort((left, right) => left - right);
-  console.info(`request to desired state at the node: median ${samples[6]?.toFixed(1)} ms, worst ${samples.at(-1)?.toFixed(1)} ms`);
-  expect(samples[6]).toBeLessThan(5000); // half of the poll's bound: it was woken; the figure is for reading
-});

@@ -3,7 +3,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { run } from "../../src/base/exec.ts";
 
-/** A real PostgreSQL for one test file. It does not sync to disk: tests of durability use the product's own cluster. */
+/**
+ * A real PostgreSQL for one test file. Unless asked, it does not sync to disk: tests of durability use the product's own
+ * cluster.
+ */
 export interface TestPostgres {
   /** A fresh, empty database. */
   createDatabase(): Promise<string>;
@@ -13,7 +16,7 @@ export interface TestPostgres {
   stop(): Promise<void>;
 }
 
-export async function startPostgres(): Promise<TestPostgres> {
+export async function startPostgres({ fsync = false }: { fsync?: boolean } = {}): Promise<TestPostgres> {
   const folder = await mkdtemp(join(tmpdir(), "forge-pg-"));
   const user = await unprivilegedUser();
   if (user !== undefined) await chown(folder, user.uid, user.gid);
@@ -36,7 +39,8 @@ export async function startPostgres(): Promise<TestPostgres> {
     "--locale=C.UTF-8",
     "--no-instructions",
   );
-  const options = `-c listen_addresses='' -c unix_socket_directories='${folder}' -c fsync=off -c max_connections=100 -c shared_buffers=32MB`;
+  const bounds = `-c fsync=${fsync ? "on" : "off"} -c max_connections=100 -c shared_buffers=32MB`;
+  const options = `-c listen_addresses='' -c unix_socket_directories='${folder}' ${bounds}`;
   const start = async (): Promise<void> =>
     void (await asUser("pg_ctl", "--pgdata", data, "--wait", "--log", join(folder, "log"), "--options", options, "start"));
   await start();

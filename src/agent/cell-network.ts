@@ -9,15 +9,22 @@ export class CellNetwork {
   readonly #ports: CellAssignment["spec"]["ports"];
   readonly #stateDir: string;
   readonly #publishAddress: string;
+  /** Replicas of one service share a published port; nobody else does. */
+  readonly #owner: string;
   #attachment: Attachment | undefined;
 
   /** `attachment`: what an earlier agent left in force. */
-  constructor({ id, address, spec }: CellAssignment, node: { stateDir: string; publishAddress: string }, attachment?: Attachment) {
+  constructor(
+    { id, address, spec, tenantId, service }: CellAssignment,
+    node: { stateDir: string; publishAddress: string },
+    attachment?: Attachment,
+  ) {
     this.#cellId = id;
     this.#address = address;
     this.#ports = spec.ports;
     this.#stateDir = node.stateDir;
     this.#publishAddress = node.publishAddress;
+    this.#owner = `${tenantId}/${service}`;
     this.#attachment = attachment;
   }
 
@@ -28,12 +35,11 @@ export class CellNetwork {
 
   /** Throws PORT_TAKEN before anything is made; the listeners themselves come with readiness. */
   checkPorts(): void {
-    for (const { publishedPort } of this.#published) checkPublishable(this.#publishAddress, publishedPort, this.#stateDir);
+    for (const { publishedPort } of this.#published) checkPublishable(this.#publishAddress, publishedPort, this.#owner, this.#stateDir);
   }
 
   /** Interface and policy, in force when it returns. */
   attach(gateway: string): Attachment {
-    if (gateway === "") throw new ForgeError("UNAVAILABLE", "the control plane has not yet told this node its network");
     const allow = { ports: this.allowedPorts };
     this.#attachment = attach({ cellId: this.#cellId, address: this.#address, gateway, allow, stateDir: this.#stateDir });
     return this.#attachment;
@@ -46,6 +52,7 @@ export class CellNetwork {
     const listenAddress = this.#publishAddress;
     const common = {
       cellId: this.#cellId,
+      owner: this.#owner,
       netnsPath,
       cgroupProcsFiles,
       listenAddress,

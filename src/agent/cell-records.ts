@@ -10,6 +10,8 @@ const recordSchema = z.object({
   assignment: cellAssignmentSchema,
   /** Boots begun, this one included. */
   boot: z.int().min(0),
+  /** It ended, and its restart policy lets it rest. */
+  isOver: z.boolean(),
   report: cellReportSchema,
   /** Host CPUs the running boot has for itself. */
   cpus: z.array(z.int()).nullable(),
@@ -30,7 +32,13 @@ export function newRecord(assignment: CellAssignment): CellRecord {
     phases: {},
     published: [],
   };
-  return { assignment, boot: 0, report: { id: assignment.id, revision: assignment.revision, state: "assigned", ...nothing }, cpus: null };
+  return {
+    assignment,
+    boot: 0,
+    isOver: false,
+    report: { id: assignment.id, revision: assignment.revision, state: "assigned", ...nothing },
+    cpus: null,
+  };
 }
 
 /** One small durable file a cell. */

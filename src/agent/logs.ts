@@ -5,6 +5,7 @@ import { type FileHandle, mkdir, open, readdir, rm, stat } from "node:fs/promise
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import type { LogLine } from "../api/resources.ts";
+import { errnoOf } from "../base/errors.ts";
 
 /**
  * What a cell wrote, on the node's disk: one record a chunk as the guest sent it, so that writing keeps no state and a
@@ -134,7 +135,13 @@ export class CellLog {
     if (this.#closed) return;
     if (this.#file === undefined || this.#sizeBytes >= fileBytes) await this.#rotate();
     const bytes = Buffer.from(text);
-    await this.#file?.appendFile(bytes);
+    try {
+      await this.#file?.appendFile(bytes);
+    } catch (error) {
+      await this.#file?.close().catch(() => undefined); // opened anew, which ends the record that was cut short
+      this.#file = undefined;
+      throw error;
+    }
     this.#sizeBytes += bytes.length;
     this.#changes.emit("change");
   }
@@ -210,10 +217,13 @@ class LineAssembler {
 async function* readRecords(path: string, start: number, end?: number): AsyncGenerator<LogRecord> {
   if (end !== undefined && end <= start) return;
   const input = createReadStream(path, { start, ...(end === undefined ? {} : { end: end - 1 }) });
-  input.on("error", () => undefined); // rotated away under us: readline ends
-  for await (const line of createInterface({ input, crlfDelay: Infinity })) {
-    const record = parseRecord(line);
-    if (record !== undefined) yield record;
+  try {
+    for await (const line of createInterface({ input, crlfDelay: Infinity })) {
+      const record = parseRecord(line);
+      if (record !== undefined) yield record;
+    }
+  } catch (error) {
+    if (errnoOf(error) !== "ENOENT") throw error; // rotated away under us: it had nothing more to give
   }
 }
 

@@ -1,10 +1,11 @@
+import { readdir, rm } from "node:fs/promises";
+import { hostname } from "node:os";
 import type { DesiredState, NodeFacts } from "../api/node.ts";
 import { fileSigner, newEvent, Spool } from "../audit/index.ts";
 import { systemClock } from "../base/clock.ts";
-import { makeDirectory } from "../base/durable.ts";
+import { makeDirectory, readIfExists, writeDurable } from "../base/durable.ts";
 import { ForgeError, toForgeError } from "../base/errors.ts";
 import { createLogger, type Logger } from "../base/log.ts";
-import { hostname } from "node:os";
 import { chooseVmm, IsoCells, type Vmm } from "../isocell/index.ts";
 import { detach, gatewayAddress, listAttachments, listPublished, recover, unpublish } from "../mesh/index.ts";
 import { CellRunner, type RunnerTools } from "./cell-runner.ts";
@@ -46,14 +47,18 @@ export class NodeAgent {
   readonly #link: ControlLink;
   readonly #tools: RunnerTools;
   readonly #facts: NodeFacts;
-  readonly #records: CellRecords;
   readonly #reporter: Reporter;
   readonly #sessions: Sessions;
   readonly #shipper: Shipper;
   readonly #spool: Spool;
   readonly #log: Logger;
   readonly #runners = new Map<string, CellRunner>();
+  readonly #leaving = new Set<string>();
+  readonly #gateway: Gateway;
+  /** Ends the listening to what is desired, and later everything else. */
+  readonly #listening = new AbortController();
   readonly #over = new AbortController();
+  #following: Promise<void> = Promise.resolve();
 
   /** Everything the node has, wired in one place. */
   static async open(options: AgentOptions): Promise<NodeAgent> {
@@ -83,39 +88,33 @@ export class NodeAgent {
     const images = await NodeImages.open(dir, link);
     const isocells = await IsoCells.open({ dir: `${dir}/cells`, buildDir: options.buildDir, vmm, rootfs: images.rootfs, log });
     const records = await CellRecords.open(`${dir}/records`, log);
-    return new NodeAgent({
-      link,
-      facts,
-      records,
-      spool,
-      log,
-      tools: { isocells, images, cpus, dir, publishAddress: options.publishAddress },
-    });
+    const gateway = await Gateway.open(`${dir}/gateway`);
+    const tools = { isocells, images, cpus, records, dir, publishAddress: options.publishAddress };
+    return new NodeAgent({ link, facts, gateway, spool, log, tools });
   }
 
   private constructor(parts: {
     link: ControlLink;
     facts: NodeFacts;
-    records: CellRecords;
+    gateway: Gateway;
     spool: Spool;
     log: Logger;
-    tools: Pick<RunnerTools, "isocells" | "images" | "cpus" | "dir" | "publishAddress">;
+    tools: Pick<RunnerTools, "isocells" | "images" | "cpus" | "records" | "dir" | "publishAddress">;
   }) {
-    const { link, facts, records, spool, log } = parts;
+    const { link, facts, gateway, spool, log } = parts;
     this.#link = link;
     this.#facts = facts;
-    this.#records = records;
+    this.#gateway = gateway;
     this.#spool = spool;
     this.#log = log;
     this.#shipper = new Shipper(spool, link, systemClock, log);
-    this.#reporter = new Reporter(link, systemClock, log, () => [...this.#runners.values()].map((runner) => runner.report()));
+    this.#reporter = new Reporter(link, systemClock, log, () => [...this.#runners.values()].map((runner) => runner.report));
     this.#sessions = new Sessions({ dial: (id) => link.session(id), runner: (id) => this.#runners.get(id), log });
     this.#tools = {
       ...parts.tools,
-      records,
       clock: systemClock,
       log,
-      gateway: "", // known once the control plane said hello
+      gateway: gateway.address,
       record: async (...facts) => {
         const events = facts.map((fact) => newEvent({ actor: `node/${this.#facts.name}`, ...fact }));
         await spool.append(events);
@@ -131,14 +130,16 @@ export class NodeAgent {
     await this.#takeOver();
     const ship = this.#shipper.run(signal);
     const report = this.#reporter.run(signal);
-    await this.#follow(signal);
-    await Promise.all([ship, report]);
+    this.#following = this.#follow(AbortSignal.any([this.#listening.signal, signal]));
+    await Promise.all([ship, report, this.#following]);
     await this.#spool.close();
     this.#link.close();
   }
 
   /** Ends the agent; cells stay as they are. */
   async stop(): Promise<void> {
+    this.#listening.abort();
+    await this.#following;
     for (const runner of this.#runners.values()) runner.abandon();
     await this.#tools.isocells.close();
     this.#over.abort();
@@ -146,6 +147,8 @@ export class NodeAgent {
 
   /** Stops every cell, says so to the region while it can, and ends. What is desired stays desired. */
   async stopCells(): Promise<void> {
+    this.#listening.abort(); // nobody may join those that are counted now
+    await this.#following;
     await Promise.all([...this.#runners.values()].map((runner) => runner.halt()));
     await this.#reporter.flush().catch(() => undefined); // the region may be gone already; the spool keeps the events
     this.#over.abort();
@@ -153,7 +156,7 @@ export class NodeAgent {
 
   /** Cells that outlived the last agent get their runners again; whatever has no record is removed. */
   async #takeOver(): Promise<void> {
-    const found = await this.#records.list();
+    const found = await this.#tools.records.list();
     const known = new Set(found.map(({ assignment }) => assignment.id));
     await this.#removeStrays(known);
     const attached = new Map(recover(`${this.#tools.dir}/mesh`).map((attachment) => [attachment.cellId, attachment]));
@@ -164,8 +167,11 @@ export class NodeAgent {
       subject: `node/${this.#facts.name}`,
       details: { cells: found.length },
     });
-    for (const record of found)
-      this.#runners.set(record.assignment.id, await CellRunner.resume(record, this.#tools, attached.get(record.assignment.id)));
+    for (const { assignment, cpus } of found) this.#tools.cpus.adopt(assignment.id, cpus); // all, before anyone asks for one
+    for (const record of found) {
+      const { id } = record.assignment;
+      this.#runners.set(id, await CellRunner.resume(record, this.#tools, attached.get(id)));
+    }
     this.#log.info({ cells: found.length }, "took over what is on this node");
   }
 
@@ -175,6 +181,9 @@ export class NodeAgent {
     for (const { cellId } of listPublished(meshDir)) if (!known.has(cellId)) await unpublish(cellId, meshDir);
     for (const cellId of await isocells.list()) if (!known.has(cellId)) await isocells.remove(cellId);
     for (const cellId of listAttachments(meshDir)) if (!known.has(cellId)) detach(cellId, meshDir);
+    for (const cellId of await readdir(`${dir}/logs`)) {
+      if (!known.has(cellId)) await rm(`${dir}/logs/${cellId}`, { recursive: true, force: true });
+    }
   }
 
   /** Greets, then asks again and again for what is desired; the answer waits until there is something new. */
@@ -206,25 +215,70 @@ export class NodeAgent {
 
   async #greet(): Promise<void> {
     const { installationPrefix } = await this.#link.hello(this.#facts);
-    this.#tools.gateway = gatewayAddress(installationPrefix);
+    await this.#gateway.learn(gatewayAddress(installationPrefix));
     this.#reporter.reportAll();
   }
 
-  /** The diff: new cells get a runner, known ones are told, those no longer named are stopped and forgotten. */
+  /**
+   * The diff: those no longer named are stopped and forgotten, new cells get a runner, known ones are told. One that
+   * cannot be begun stops none of the others; the whole is tried again.
+   */
   async #apply(desired: DesiredState): Promise<void> {
     const named = new Set(desired.cells.map(({ id }) => id));
+    for (const [cellId, runner] of this.#runners) if (!named.has(cellId)) void this.#forget(cellId, runner);
+    const failures: unknown[] = [];
     for (const assignment of desired.cells) {
       const runner = this.#runners.get(assignment.id);
-      if (runner === undefined) this.#runners.set(assignment.id, await CellRunner.begin(assignment, this.#tools));
-      else await runner.update(assignment);
+      try {
+        if (runner === undefined) this.#runners.set(assignment.id, await CellRunner.begin(assignment, this.#tools));
+        else await runner.update(assignment);
+      } catch (error) {
+        failures.push(error);
+      }
     }
-    for (const [cellId, runner] of this.#runners) {
-      if (named.has(cellId)) continue;
-      void runner.remove().then(() => {
-        this.#runners.delete(cellId);
-        this.#reporter.reportAll();
-      });
+    if (failures.length > 0) throw toForgeError(failures[0]);
+  }
+
+  /** Until nothing of the cell is left; then the region hears that. */
+  async #forget(cellId: string, runner: CellRunner): Promise<void> {
+    if (this.#leaving.has(cellId)) return;
+    this.#leaving.add(cellId);
+    for (let isGone = false; !isGone && !this.#over.signal.aborted;) {
+      try {
+        await runner.remove();
+        isGone = true;
+      } catch (error) {
+        this.#log.error({ cell: cellId, err: toForgeError(error).message }, "a cell cannot be removed yet");
+        await systemClock.sleep(retryMsMost, this.#over.signal).catch(() => undefined); // aborted: the loop ends
+      }
     }
+    this.#runners.delete(cellId);
+    this.#leaving.delete(cellId);
+    this.#reporter.reportAll();
+  }
+}
+
+/** The address of the host's end of every tap: told by the region once, and known from then on without it. */
+class Gateway {
+  readonly address: Promise<string>;
+  readonly #path: string;
+  readonly #resolve: (address: string) => void;
+
+  static async open(path: string): Promise<Gateway> {
+    return new Gateway(path, (await readIfExists(path))?.toString());
+  }
+
+  private constructor(path: string, known: string | undefined) {
+    const { promise, resolve } = Promise.withResolvers<string>();
+    this.address = promise;
+    this.#path = path;
+    this.#resolve = resolve;
+    if (known !== undefined) resolve(known);
+  }
+
+  async learn(address: string): Promise<void> {
+    await writeDurable(this.#path, address);
+    this.#resolve(address);
   }
 }
 

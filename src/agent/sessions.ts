@@ -16,7 +16,8 @@ import type { CellRunner } from "./cell-runner.ts";
  */
 
 const bufferedBytesMax = 1024 * 1024;
-const sessionsMax = 64;
+const sessionsMax = 256;
+const sessionsOfCellMax = 16;
 
 const resizeSchema = z.object({ columns: z.int().min(1).max(1000), rows: z.int().min(1).max(1000) });
 const signalSchema = z.object({ number: z.int().min(1).max(64) });
@@ -30,7 +31,7 @@ export interface SessionHost {
 export class Sessions {
   readonly #host: SessionHost;
   /** Requests come again until they are met; each is dialled once. */
-  readonly #active = new Set<string>();
+  readonly #active = new Map<string, SessionRequest>();
 
   constructor(host: SessionHost) {
     this.#host = host;
@@ -40,13 +41,18 @@ export class Sessions {
   begin(requests: readonly SessionRequest[]): void {
     for (const request of requests) {
       if (this.#active.has(request.id)) continue;
-      if (this.#active.size >= sessionsMax) {
+      if (this.#active.size >= sessionsMax || this.#ofSameCell(request) >= sessionsOfCellMax) {
         this.#host.log.warn({ session: request.id }, "too many sessions at once: the request is left to time out");
         continue;
       }
-      this.#active.add(request.id);
+      this.#active.set(request.id, request);
       void this.#serve(request).finally(() => this.#active.delete(request.id));
     }
+  }
+
+  /** One cell's sessions, and so one tenant's, do not use up the node's. */
+  #ofSameCell(request: SessionRequest): number {
+    return [...this.#active.values()].filter((other) => keyOf(other) === keyOf(request)).length;
   }
 
   async #serve(request: SessionRequest): Promise<void> {
@@ -79,6 +85,7 @@ export class Sessions {
       session = await runner.exec({ argv, tty, columns, rows, env: tty ? { TERM: "xterm-256color" } : {} });
       const running = session;
       over.addEventListener("abort", () => running.close(), { once: true });
+      if (over.aborted) running.close();
       socket.on("message", (data: RawData) => receive(running, socket, toBytes(data)));
       socket.resume();
       await Promise.all([pump(running.stdout, "stdout", socket, over), pump(running.stderr, "stderr", socket, over)]);
@@ -107,6 +114,10 @@ export class Sessions {
       }),
     );
   }
+}
+
+function keyOf(request: SessionRequest): string {
+  return request.kind === "exec" ? request.cell : (request.cells[0] ?? "");
 }
 
 /** What the person sends. While the guest takes no more stdin, nothing more is read from the person either. */

@@ -236,3 +236,55 @@ describe("a cell that fails", () => {
     await node.desiredWhen(({ cells }) => cells.length === 1 && cells[0]?.desired === "running" && cells[0].id !== cell?.id);
   });
 });
+
+describe("reports", () => {
+  test("what cannot be read of one cell keeps no other's report away, and what only informs is mended", async () => {
+    await client.call("applyService", { body: plane.apply("web", image, { replicas: 3 }) });
+    const { cells } = await node.desiredWhen((state) => state.cells.length === 3);
+    const [bad = "", mended = "", good = ""] = cells.map((cell) => cell.id);
+    const said = { reason: `it\0ended\u001b[2J${"x".repeat(5000)}\ud800`, exitStatus: 2 ** 40, startedAt: "0000-01-01T00:00:00Z" };
+    await node.link.report(
+      [
+        { ...cellReport(bad, "running"), state: "dancing" as "running" },
+        cellReport(mended, "running", 1, { ...said, restarts: 2 ** 40, published: [{ name: "http", address: "a\0b\ud800", port: 1 }] }),
+        cellReport(good, "running"),
+      ],
+      true,
+    );
+    const { items } = await client.call("listCells", {});
+    const byId = new Map(items.map((cell) => [cell.id, cell]));
+    expect(byId.get(bad)?.state).toBe("assigned");
+    expect(byId.get(good)?.state).toBe("running");
+    expect(byId.get(mended)).toMatchObject({ state: "running", exitStatus: null, startedAt: null, published: [{ address: "a b\ufffd" }] });
+    expect(byId.get(mended)?.reason).toMatch(/^it ended \[2Jx+$/);
+    expect(byId.get(mended)?.reason?.length).toBeLessThanOrEqual(4000);
+  });
+
+  test("a removed cell of which a whole report speaks, however badly, is not forgotten", async () => {
+    await client.call("applyService", { body: plane.apply("web", image) });
+    const [cell] = (await node.desiredWhen(({ cells }) => cells.length === 1)).cells;
+    await client.call("removeService", { params: { name: "web" } });
+    await node.link.report([{ ...cellReport(cell?.id ?? "", "stopping"), state: "dancing" as "stopping" }], true);
+    expect(await plane.control.db.selectFrom("cells").select("id").execute()).toHaveLength(1);
+    await node.link.report([], true);
+    expect(await plane.control.db.selectFrom("cells").select("id").execute()).toHaveLength(0);
+  });
+
+  test("a cell that runs again after its node's stop holds its room and its port again", async () => {
+    const ports = [{ name: "http", port: 80, publish: 8080 }];
+    const room = async () => (await client.call("listNodes", {})).items[0]?.memoryFreeMib;
+    await client.call("applyService", { body: plane.apply("one", image, { ports }) });
+    const [cell] = (await node.desiredWhen(({ cells }) => cells.length === 1)).cells;
+    const report = (state: "running" | "stopped") => node.link.report([cellReport(cell?.id ?? "", state)], true);
+    await report("running");
+    await eventually(
+      () => plane.control.db.selectFrom("jobs").selectAll().execute(),
+      (jobs) => jobs.length === 0,
+    );
+    await report("stopped");
+    expect(await room()).toBe(1024);
+    await report("running");
+    expect(await room()).toBe(1024 - 64);
+    expect(await failureOf(client.call("applyService", { body: plane.apply("two", image, { ports }) }))).toBe("PORT_TAKEN");
+  });
+});

@@ -3,7 +3,7 @@ import type { TLSSocket } from "node:tls";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import { sql } from "kysely";
 import type { WebSocketServer } from "ws";
-import type { z } from "zod";
+import { z } from "zod";
 import { nodeRoutes } from "../api/node.ts";
 import { ForgeError } from "../base/errors.ts";
 import { verifyNodeCertificate } from "../mesh/index.ts";
@@ -52,9 +52,9 @@ export async function createNodeServer(control: Control, identity: TlsIdentity):
     },
   });
   app.route({
-    ...at(nodeRoutes.report),
+    ...at({ ...nodeRoutes.report, body: reportEnvelopeSchema }),
     handler: async (request) => {
-      const { cells, whole } = request.body as z.output<typeof nodeRoutes.report.body>;
+      const { cells, whole } = request.body as z.output<typeof reportEnvelopeSchema>;
       await takeReport(control, nodeOf(request), cells, whole);
       return { ok: true };
     },
@@ -77,6 +77,9 @@ export async function createNodeServer(control: Control, identity: TlsIdentity):
   await app.ready();
   return app;
 }
+
+/** The cells are read one by one: what is wrong with one must not keep the others' reports away. */
+const reportEnvelopeSchema = nodeRoutes.report.body.extend({ cells: z.array(z.unknown()).max(4096) });
 
 /** 1000 events of 64 KiB. */
 const maxBodyBytes = 64 * 1024 * 1024;

@@ -1,6 +1,13 @@
 import { type Selectable, sql } from "kysely";
-import type { z } from "zod";
-import { type CellAssignment, type CellReport, type DesiredState, type NodeFacts, type spoolEntrySchema } from "../api/node.ts";
+import { z } from "zod";
+import {
+  type CellAssignment,
+  type CellReport,
+  cellReportSchema,
+  type DesiredState,
+  type NodeFacts,
+  type spoolEntrySchema,
+} from "../api/node.ts";
 import type { ServiceSpec } from "../api/manifest.ts";
 import { auditEventSchema, type ChainEntry, verifyChain } from "../audit/index.ts";
 import { ForgeError } from "../base/errors.ts";
@@ -71,11 +78,16 @@ async function readDesired(control: Control, node: NodeRow): Promise<DesiredStat
   return { generation: node.generation, cells, sessions: control.sessions.requestsFor(node.id) };
 }
 
-/** Takes over what the node says of its cells: `whole` means it has no others. Wakes the jobs that wait for it. */
-export async function takeReport(control: Control, node: NodeRow, reports: readonly CellReport[], whole: boolean): Promise<void> {
+/**
+ * Takes over what the node says of its cells: `whole` means it has no others. Wakes the jobs that wait for it. What it
+ * says of one cell and cannot be read leaves that cell as it was, and the others their reports.
+ */
+export async function takeReport(control: Control, node: NodeRow, said: readonly unknown[], whole: boolean): Promise<void> {
+  const { reports, unread } = readReports(said);
+  if (unread.length > 0) control.log.warn({ node: node.name, cells: unread.slice(0, 10) }, "a node's report of a cell cannot be read");
   await transact(control.db, async (trx) => {
     const changed = await writeReports(trx, node, reports);
-    const ended = await endLeaving(trx, node, reports, whole);
+    const ended = await endLeaving(trx, node, reports, whole ? unread : undefined);
     const freed = ended.length > 0 || changed.some((cell) => !cell.holds_room);
     const settled = changed.filter((cell) => ["running", "stopped", "failed"].includes(cell.state));
     await wakeJobs(
@@ -93,9 +105,49 @@ export async function takeReport(control: Control, node: NodeRow, reports: reado
   await touchNode(control, node);
 }
 
+/** The reports that have the shape of one, and the cells of those that have not. */
+function readReports(said: readonly unknown[]): { reports: CellReport[]; unread: string[] } {
+  const results = said.map((one) => ({ one, result: storableReportSchema.safeParse(one) }));
+  return {
+    reports: results.flatMap(({ result }) => (result.success ? [result.data] : [])),
+    unread: results.flatMap(({ one, result }) =>
+      result.success ? [] : [z.object({ id: storableText(64) }).safeParse(one).data?.id ?? "?"],
+    ),
+  };
+}
+
+/** Text that PostgreSQL holds and a terminal may print: no NUL, no other control character, no half of a surrogate pair. */
+function storableText(maxLength: number): z.ZodType<string> {
+  return z.string().transform((text) =>
+    text
+      .slice(0, maxLength)
+      .replaceAll(/\p{Cc}+/gu, " ")
+      .toWellFormed(),
+  );
+}
+
+/** A report as the table can hold it. Only what merely informs is mended; a wrong identifier or state is not. */
+const storableReportSchema = cellReportSchema.extend({
+  id: storableText(64),
+  reason: storableText(4000).nullable(),
+  vmm: storableText(64).nullable(),
+  restarts: z
+    .int()
+    .min(0)
+    .max(2 ** 31 - 1)
+    .catch(0),
+  exitStatus: z.int().min(0).max(255).nullable().catch(null),
+  startedAt: z.iso
+    .datetime()
+    .refine((time) => new Date(time).getUTCFullYear() >= 1970)
+    .nullable()
+    .catch(null),
+  published: z.array(cellReportSchema.shape.published.element.extend({ address: storableText(64) })).max(256),
+});
+
 /**
- * One statement for all of them. A cell the flow gave up keeps its reason. A cell that ended gives its room back: the
- * ending is for good, since a cell is never asked to run again.
+ * One statement for all of them. A cell the flow gave up keeps its reason. A cell that ended gives its room back; one
+ * that runs again, as after a node's stop and start, holds it again: memory and ports are taken whatever is desired.
  */
 async function writeReports(
   trx: Trx,
@@ -106,7 +158,7 @@ async function writeReports(
     update cells set
       state = case when cells.state = 'failed' and cells.desired <> 'running' then 'failed' when cells.desired = 'running' or r.state in ('stopped', 'failed') then r.state else 'stopping' end,
       reason = case when cells.state = 'failed' and cells.desired <> 'running' then cells.reason else r.reason end,
-      holds_room = cells.holds_room and r.state not in ('stopped', 'failed'),
+      holds_room = r.state not in ('stopped', 'failed'),
       measurement = r.measurement, vmm = r.vmm, emulated = r.emulated, restarts = r.restarts, exit_status = r."exitStatus",
       started_at = r."startedAt", phases = r.phases, published = r.published
     from jsonb_to_recordset(${JSON.stringify(reports)}::jsonb) as r (
@@ -117,18 +169,18 @@ async function writeReports(
   return rows;
 }
 
-/** Forgets removed cells of which nothing is left on the node. */
+/** Forgets removed cells of which nothing is left: those that ended, and, of a whole report, those it does not name. */
 async function endLeaving(
   trx: Trx,
   node: NodeRow,
   reports: readonly CellReport[],
-  whole: boolean,
+  unreadOfWhole: readonly string[] | undefined,
 ): Promise<{ id: string; tenant_id: string; service_name: string }[]> {
   const ended = reports.filter((report) => report.state === "stopped" || report.state === "failed").map((report) => report.id);
-  const alive = reports.filter((report) => report.state !== "stopped" && report.state !== "failed").map((report) => report.id);
+  const named = [...reports.map((report) => report.id), ...(unreadOfWhole ?? [])];
   const { rows } = await sql<{ id: string; tenant_id: string; service_name: string }>`
     delete from cells where node_id = ${node.id} and desired = 'removed'
-      and (id = any(${ended}) or (${whole} and not id = any(${alive})))
+      and (id = any(${ended}) or (${unreadOfWhole !== undefined} and not id = any(${named})))
     returning id, tenant_id, service_name`.execute(trx);
   return rows;
 }

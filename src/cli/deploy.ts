@@ -7,7 +7,7 @@ import { parseImageReference, verifySignatures } from "../isocell/image/index.ts
 import { Connection, ForgeHome } from "./context.ts";
 import { awaitCells } from "./await-cells.ts";
 import type { Cli } from "./index.ts";
-import { uploadImage, withLocalImage } from "./local-images.ts";
+import { uploadImage, withLocalImage, withOfferedImage } from "./local-images.ts";
 import { parseManifest } from "./manifest.ts";
 import { published } from "./ps.ts";
 import { formatBytes, printable, shortDigest } from "./text.ts";
@@ -88,11 +88,13 @@ export async function bringImage({ cli, home, api, folder }: Work, text: string,
     return image;
   }
   terminal.progress([`${text}: reading …`]);
-  return withLocalImage(home, reference, async (local) => {
-    if (isDryRun) {
-      verifySignatures(local.digest, local.signatures, (await api.call("listTrustedKeys", {})).items);
-      return { digest: local.digest, reference: text };
-    }
+  if (isDryRun) {
+    return withLocalImage(home, reference, async ({ digest, signatures }) => {
+      verifySignatures(digest, signatures, (await api.call("listTrustedKeys", {})).items);
+      return { digest, reference: text };
+    });
+  }
+  return withOfferedImage(home, api, reference, async (local) => {
     const image = await uploadImage(api, local, (sent, total) =>
       terminal.progress([`${text}: sending ${formatBytes(sent)} of ${formatBytes(total)}`]),
     );

@@ -1,3 +1,4 @@
+import { isatty } from "node:tty";
 import type { IncomingMessage } from "node:http";
 import type { WebSocket } from "ws";
 import { errorBodySchema } from "../api/resources.ts";
@@ -21,7 +22,7 @@ export async function exec(cli: Cli, args: readonly string[], flags: ExecFlags):
   if (argv[0] === "--") argv.shift();
   if (argv.length === 0) throw new ForgeError("USAGE", `which program? for example: forge exec ${service} -- sh`);
   const streams: ExecStreams = { stdin: process.stdin, stdout: process.stdout, stderr: process.stderr };
-  const tty = flags.tty ?? (process.stdin.isTTY && process.stdout.isTTY);
+  const tty = flags.tty ?? (isatty(0) && isatty(1));
   const api = new Connection(await new ForgeHome(cli.env).effective(), cli.signal);
   try {
     const cell = flags.cell === undefined ? {} : { cell: await wholeCellId(api, service, flags.cell) };

@@ -3,6 +3,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { join } from "node:path";
 import type { Image, ImageSignature } from "../api/resources.ts";
 import { makeDirectory } from "../base/durable.ts";
+import { ForgeError } from "../base/errors.ts";
 import { formatImageReference, ImageStore, type LocalReference, normalise, pushPlan } from "../isocell/image/index.ts";
 import type { Connection, ForgeHome } from "./context.ts";
 
@@ -31,6 +32,23 @@ export async function withStore<T>(home: ForgeHome, work: (store: ImageStore) =>
   } finally {
     await rm(folder, { recursive: true, force: true });
   }
+}
+
+/**
+ * Like `withLocalImage`, for an image that is meant for the region. A blob that is not what its digest says is sent all the
+ * same: the region refuses it too, and so the attempt is on record.
+ */
+export async function withOfferedImage<T>(
+  home: ForgeHome,
+  api: Connection,
+  reference: LocalReference,
+  work: (image: LocalImage) => Promise<T>,
+): Promise<T> {
+  return withLocalImage(home, reference, work).catch(async (error: unknown) => {
+    const { digest, path } = error instanceof ForgeError && error.code === "IMAGE_CORRUPT" ? (error.details ?? {}) : {};
+    if (typeof digest === "string" && typeof path === "string") await api.upload("putBlob", { params: { digest } }, createReadStream(path));
+    throw error;
+  });
 }
 
 /** Sends the blobs the region lacks, then asks it to admit the image. */

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { pino } from "pino";
 import { ApiFailure, ForgeClient, type Transport } from "../../src/api/client.ts";
 import type { ApplyService, Role } from "../../src/api/resources.ts";
-import { newToken } from "../../src/control/authenticate.ts";
+import { newJoinToken, newToken } from "../../src/control/authenticate.ts";
 import { createTenant } from "../../src/control/bootstrap.ts";
 import { transact } from "../../src/control/db/database.ts";
 import { type RunningControl, startControl } from "../../src/control/main.ts";
@@ -56,6 +56,14 @@ export class TestControl {
 
   async joinToken(): Promise<string> {
     return (await readFile(join(this.folder, "bootstrap", "join-token"), "utf8")).trim();
+  }
+
+  /** Admits one more node. */
+  async newJoinToken(): Promise<string> {
+    const { text, secretHash } = newJoinToken();
+    const expires = new Date(Date.now() + 3_600_000);
+    await this.control.db.insertInto("join_tokens").values({ secret_hash: secretHash, expires_at: expires }).execute();
+    return text;
   }
 
   async client(token?: string): Promise<ForgeClient> {

@@ -1,6 +1,8 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { readFile } from "node:fs/promises";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { run } from "../../src/base/exec.ts";
 
 /**
@@ -11,10 +13,11 @@ export class Internet {
   /** Name of the namespace that is the host. */
   readonly host: string;
   readonly #outside: string;
+  readonly #folder: string;
   readonly #children: ChildProcess[] = [];
 
   static async create(): Promise<Internet> {
-    const internet = new Internet(`forge-t${process.pid}`);
+    const internet = new Internet(`forge-t${process.pid}`, await mkdtemp(join(tmpdir(), "forge-internet-")));
     try {
       await internet.#build();
       return internet;
@@ -24,7 +27,8 @@ export class Internet {
     }
   }
 
-  private constructor(name: string) {
+  private constructor(name: string, folder: string) {
+    this.#folder = folder;
     this.host = `${name}-host`;
     this.#outside = `${name}-net`;
   }
@@ -64,6 +68,7 @@ export class Internet {
       await once(child, "exit");
     }
     for (const name of [this.host, this.#outside]) await run("ip", ["netns", "delete", name]).catch(() => undefined);
+    await rm(this.#folder, { recursive: true, force: true });
   }
 
   async #build(): Promise<void> {
@@ -82,8 +87,8 @@ export class Internet {
       ["-n", this.host, "-6", "route", "add", "default", "via", "2001:db8::1"],
     ];
     for (const args of commands) await run("ip", args);
-    const answer = 'printf "HTTP/1.0 200 OK\\r\\n\\r\\nthe internet\\n"';
-    for (const port of ["80", "53"]) this.#spawn(this.#outside, ["busybox", "nc", "-ll", "-p", port, "-e", "sh", "-c", answer]);
+    await writeFile(join(this.#folder, "index.html"), "the internet\n");
+    for (const port of ["80", "53"]) this.#spawn(this.#outside, ["busybox", "httpd", "-f", "-p", `[::]:${port}`, "-h", this.#folder]);
   }
 
   #spawn(netns: string, command: readonly string[]): ChildProcess {

@@ -92,8 +92,8 @@ export class Runtime {
 
   /** Process number of `control` or `agent`. */
   async pid(process: "control" | "agent"): Promise<number> {
-    const text = await readFile(join(this.dataDir, "run", `${process}.pid`), "utf8");
-    return Number.parseInt(text.startsWith("{") ? String((JSON.parse(text) as { pid: number }).pid) : text, 10);
+    const text = await readFile(join(this.dataDir, "run", `${process}.json`), "utf8");
+    return (JSON.parse(text) as { pid: number }).pid;
   }
 
   /** Takes everything down and removes the folder. */

@@ -94,6 +94,8 @@ async function importBlob(digest: string, path: string, store: ImageStore, maxBy
   } catch (error) {
     const cause = error instanceof ForgeError ? error.cause : undefined;
     if (errnoOf(cause) === "ENOENT") throw new ForgeError("IMAGE_CORRUPT", `the layout lacks the blob ${digest}`);
+    if (error instanceof ForgeError && error.code === "IMAGE_CORRUPT")
+      throw new ForgeError(error.code, error.message, { details: { digest, path } });
     throw error;
   }
 }

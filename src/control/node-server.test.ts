@@ -214,6 +214,57 @@ describe("sessions", () => {
     expect(refused).toBe(404);
   });
 
+  test("logs of several nodes lose nothing of the one that was there first, nor that it ended", async () => {
+    const other = await FakeNode.join(plane, { name: "node-3", memoryMib: 4096 }, await plane.newJoinToken());
+    try {
+      const client = await plane.client();
+      await client.call("applyService", { body: plane.apply("wide", image, { replicas: 2 }) });
+      const own = (await node.desiredWhen(({ cells }) => cells.some((cell) => cell.service === "wide"))).cells.at(-1)?.id ?? "";
+      const others = (await other.desiredWhen(({ cells }) => cells.length === 1)).cells[0]?.id ?? "";
+      const lines = client.lines("getLogs", { params: { name: "wide" }, query: {} });
+      const speak = async (from: FakeNode, cell: string, message: string): Promise<void> => {
+        const { sessions } = await from.desiredWhen((state) => state.sessions.length > 0);
+        const socket = from.link.session(sessions[0]?.id ?? "");
+        await new Promise((resolve) => socket.once("open", resolve));
+        for (let index = 0; index < 3; index++)
+          socket.send(JSON.stringify({ cell, time: new Date().toISOString(), stream: "stdout", message: `${message} ${index}` }));
+        socket.close(1000);
+      };
+      const first = lines.next();
+      await speak(node, own, "early");
+      await delay(300);
+      await speak(other, others, "late");
+      const messages = [(await first).value?.message];
+      for await (const line of lines) messages.push(line.message);
+      expect(messages.toSorted()).toEqual(["early 0", "early 1", "early 2", "late 0", "late 1", "late 2"]);
+      await client.call("removeService", { params: { name: "wide" } });
+      for (const each of [node, other]) await each.link.report([cellReport(cellId, "running")], true);
+    } finally {
+      other.close();
+    }
+  });
+
+  test("a handshake that is not sound ends the session that was opened for it", async () => {
+    const outgoing = request({
+      host: "127.0.0.1",
+      port: plane.running.apiPort,
+      path: `/v1/services/web/exec?argv=${encodeURIComponent('["sh"]')}`,
+      ca: plane.caPem,
+      headers: {
+        authorization: `Bearer ${await plane.ownerToken()}`,
+        connection: "Upgrade",
+        upgrade: "websocket",
+        "sec-websocket-version": "13",
+      },
+    });
+    const status = new Promise((resolve, reject) => outgoing.on("response", ({ statusCode }) => resolve(statusCode)).on("error", reject));
+    outgoing.end();
+    const { promise: ended, resolve } = Promise.withResolvers<number>();
+    void answer("exec", (socket) => socket.once("close", resolve));
+    expect(await status).toBe(400);
+    expect(await ended).toBe(1006);
+  });
+
   test("a line of another cell ends the stream with an error", async () => {
     const lines = (await plane.client()).lines("getLogs", { params: { name: "web" }, query: {} });
     void answer("logs", (socket) =>

@@ -190,7 +190,12 @@ async function upgrade(control: Control, door: Door, sockets: WebSocketServer, {
     const parts = { params: checked("params", params), query: checked("query", query) } as Pick<Request<"exec">, "params" | "query">;
     const agent = await openExec({ control, caller, body: undefined, signal: gone.signal, ...parts });
     if (gone.signal.aborted) return agent.terminate();
-    sockets.handleUpgrade(request, socket, head, (client) => bridge(client, agent));
+    let joined = false;
+    sockets.handleUpgrade(request, socket, head, (client) => {
+      joined = true;
+      bridge(client, agent);
+    });
+    if (!joined) agent.terminate(); // the client's handshake was not sound, and it has been told so
   } catch (error) {
     const failure = errorFromFastify(error);
     if (failure.code === "INTERNAL") control.log.error({ err: error }, "an exec session could not be opened");

@@ -67,11 +67,15 @@ export class SessionBroker {
     return this.#pending.get(id)?.nodeId === nodeId;
   }
 
-  /** The agent's socket arrived. False when nobody waits for it any more. */
+  /**
+   * The agent's socket arrived. False when nobody waits for it any more. It is handed over paused: what it says before
+   * its reader listens is not lost; `bridge` and `textMessages` resume it.
+   */
   deliver(id: string, nodeId: string, socket: WebSocket): boolean {
     const pending = this.#pending.get(id);
     if (pending === undefined || pending.nodeId !== nodeId) return false;
     this.#pending.delete(id);
+    socket.pause();
     pending.accept(socket);
     return true;
   }
@@ -88,7 +92,10 @@ export function bridge(one: WebSocket, other: WebSocket): void {
       stopOne();
       stopOther();
     });
+    socket.resume();
   }
+  if (one.readyState === one.CLOSED) other.close(1011); // it broke before anybody listened
+  if (other.readyState === other.CLOSED) one.close(1011);
 }
 
 /** The text messages of a socket, with back-pressure: it is paused while the reader is busy. */
@@ -112,6 +119,7 @@ export async function* textMessages(socket: WebSocket, signal: AbortSignal): Asy
     end(code === 1000 || code === 1005 ? undefined : new ForgeError("NODE_UNAVAILABLE", `the node ended the session (${code})`)),
   );
   signal.addEventListener("abort", onAbort);
+  if (socket.readyState === socket.CLOSED) end(new ForgeError("NODE_UNAVAILABLE", "the node broke the session off"));
   try {
     while (!signal.aborted) {
       while (queue.length > 0) yield queue.shift() as string;
@@ -139,12 +147,12 @@ function pump(from: WebSocket, to: WebSocket): void {
   from.on("close", (code) => to.close(code === 1000 || (code >= 3000 && code <= 4999) ? code : 1011));
 }
 
-/** Pings; a peer that answers none of two in a row is gone. */
+/** Pings; a peer that answers none of two in a row is gone. While we read nothing of it, it may have answered. */
 function keepAlive(socket: WebSocket): () => void {
   let missed = 0;
   socket.on("pong", () => (missed = 0));
   const timer = setInterval(() => {
-    if (missed++ >= 2) socket.terminate();
+    if (!socket.isPaused && missed++ >= 2) socket.terminate();
     else socket.ping(undefined, undefined, () => undefined);
   }, pingMs);
   return () => clearInterval(timer);

@@ -78,6 +78,7 @@ export const getLogs: Handler<"getLogs"> = async ({ control, caller, params, que
       return control.sessions.open(nodeId, request, announceOnce, signal);
     }),
   );
+  for (const socket of sockets) signal.addEventListener("abort", () => socket.terminate(), { once: true }); // read or not yet
   const wanted = new Set(cells.map((cell) => cell.id));
   return merge(sockets.map((socket) => readLines(control, socket, wanted, signal)));
 };

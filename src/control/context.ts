@@ -3,6 +3,7 @@ import type { Clock } from "../base/clock.ts";
 import type { Logger } from "../base/log.ts";
 import type { ImageStore } from "../isocell/image/index.ts";
 import type { Authority } from "../mesh/index.ts";
+import type { TenantBlobs } from "./blobs.ts";
 import type { Database } from "./db/database.ts";
 import type { Wakes } from "./db/wakes.ts";
 import type { SessionBroker } from "./sessions.ts";
@@ -12,7 +13,9 @@ export interface Control {
   readonly db: Database;
   readonly wakes: Wakes;
   readonly signer: Signer;
+  /** Every tenant's blobs, for what was admitted; `blobs` decides what a tenant may admit. */
   readonly images: ImageStore;
+  readonly blobs: TenantBlobs;
   readonly authority: Authority;
   readonly installation: Installation;
   readonly sessions: SessionBroker;

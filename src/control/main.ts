@@ -7,6 +7,7 @@ import { createLogger, type Logger } from "../base/log.ts";
 import { ImageStore } from "../isocell/image/index.ts";
 import { issueServerCertificate } from "../mesh/index.ts";
 import { appendEvents } from "./audit-log.ts";
+import { TenantBlobs } from "./blobs.ts";
 import { bootstrap, startedFact, stoppedFact } from "./bootstrap.ts";
 import type { Control } from "./context.ts";
 import { type Database, openDatabase, transact } from "./db/database.ts";
@@ -68,7 +69,8 @@ export async function startControl(folder: string, options: ControlOptions, log:
   const wakes = new Wakes(address, () => cluster?.ensureRunning() ?? Promise.resolve(), systemClock, log);
   await wakes.open();
   const images = await ImageStore.open(join(folder, "blobs"));
-  const control: Control = { db, wakes, ...foundation, images, sessions: new SessionBroker(), clock: systemClock, log };
+  const blobs = new TenantBlobs(db, images);
+  const control: Control = { db, wakes, ...foundation, images, blobs, sessions: new SessionBroker(), clock: systemClock, log };
   await transact(db, (trx) => appendEvents(trx, control.signer, [startedFact()]));
 
   const names = ["localhost", "127.0.0.1", "::1", "forge.local", options.apiAddress];

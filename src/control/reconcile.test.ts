@@ -102,7 +102,10 @@ test.each(["address", "assign", "ready", "retire"])("a step %s that fails is und
   run(steps);
   const read = () => plane.control.db.selectFrom("cells").selectAll().executeTakeFirstOrThrow();
   for (let attempt = 0; attempt < 200 && (await read()).state !== "failed"; attempt++) await delay(50);
-  const before = deploySteps.slice(0, deploySteps.findIndex((step) => step.name === name));
+  const before = deploySteps.slice(
+    0,
+    deploySteps.findIndex((step) => step.name === name),
+  );
   while (before.at(-1)?.internal === true) before.pop(); // gone with the transaction of the step that failed
   expect(undone).toEqual(before.map((step) => step.name).toReversed());
   expect(await read()).toMatchObject({ state: "failed", reason: "it did not work", holds_room: name === "ready" || name === "retire" });

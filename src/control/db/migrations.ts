@@ -186,6 +186,18 @@ export const migrations: readonly Migration[] = [
       create index log_entries_by_service on log_entries (tenant_id, service, sequence);
     `,
   },
+  {
+    // Images admitted before keep running; the next push of one of them sends its blobs once more.
+    name: "0002-blobs-of-tenants",
+    statements: `
+      create table tenant_blobs (
+        tenant_id text not null references tenants,
+        digest text not null,
+        size_bytes bigint not null,
+        primary key (tenant_id, digest)
+      );
+    `,
+  },
 ];
 
 /** Any number that nothing else in this database uses for an advisory lock. */

@@ -62,6 +62,13 @@ export interface ImageTable {
   created_at: GeneratedTime;
 }
 
+/** Which blobs a tenant brought itself. */
+export interface TenantBlobTable {
+  tenant_id: string;
+  digest: string;
+  size_bytes: number;
+}
+
 export interface ServiceTable {
   id: string;
   tenant_id: string;
@@ -195,6 +202,7 @@ export interface Schema {
   tokens: TokenTable;
   trusted_keys: TrustedKeyTable;
   images: ImageTable;
+  tenant_blobs: TenantBlobTable;
   services: ServiceTable;
   revisions: RevisionTable;
   cells: CellTable;

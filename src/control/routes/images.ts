@@ -1,6 +1,6 @@
 import type { ImageSignature } from "../../api/resources.ts";
 import { ForgeError } from "../../base/errors.ts";
-import { type ImageStore, maximumBlobBytes, parseImageReference, pull, verifySignatures } from "../../isocell/image/index.ts";
+import { parseImageReference, pull, verifySignatures } from "../../isocell/image/index.ts";
 import { appendDenial, appendEvents } from "../audit-log.ts";
 import type { Caller } from "../authenticate.ts";
 import type { Control } from "../context.ts";
@@ -9,12 +9,14 @@ import { type Handler, tenantOf } from "../handler.ts";
 import { readTrustedKeys } from "../services.ts";
 import { imageView } from "../views.ts";
 
-export const putBlob: Handler<"putBlob"> = async ({ control, params, body }) => {
-  await control.images.putBlob(params.digest, body, { maxBytes: maximumBlobBytes });
+export const putBlob: Handler<"putBlob"> = async ({ control, caller, params, body }) => {
+  await control.blobs.put(tenantOf(caller), params.digest, body);
   return { ok: true };
 };
 
-export const findBlobs: Handler<"findBlobs"> = async ({ control, body }) => ({ missing: await control.images.missing(body.digests) });
+export const findBlobs: Handler<"findBlobs"> = async ({ control, caller, body }) => ({
+  missing: await control.blobs.missing(tenantOf(caller), body.digests),
+});
 
 export const addImage: Handler<"addImage"> = ({ control, caller, body }) =>
   orRefuse(control, caller, body, async () => {
@@ -27,10 +29,12 @@ export const pullImage: Handler<"pullImage"> = ({ control, caller, body }) =>
     const reference = parseImageReference(body.reference, "/");
     if (reference.kind !== "registry")
       throw new ForgeError("INVALID_INPUT", "only a registry's reference can be pulled by the control plane; push folders and archives");
-    const image = await pull(reference, control.images, {
-      verify: async (resolved) => void (await verify(control, caller, resolved.digest, resolved.signatures)),
-      insecureLoopback: true,
-    });
+    const image = await control.blobs.pull(tenantOf(caller), () =>
+      pull(reference, control.images, {
+        verify: async (resolved) => void (await verify(control, caller, resolved.digest, resolved.signatures)),
+        insecureLoopback: true,
+      }),
+    );
     return admit(control, caller, { digest: image.digest, reference: body.reference, signatures: image.signatures });
   });
 
@@ -57,7 +61,7 @@ async function admit(
   offer: { digest: string; reference: string; signatures: readonly ImageSignature[] },
 ): ReturnType<Handler<"addImage">> {
   const tenantId = tenantOf(caller);
-  const { blobs, sizeBytes } = await readBlobs(control.images, offer.digest);
+  const { blobs, sizeBytes } = await control.blobs.read(tenantId, offer.digest);
   return transact(control.db, async (trx) => {
     const signedBy = verifySignatures(offer.digest, offer.signatures, await readTrustedKeys(trx, tenantId)).keyName;
     const values = {
@@ -80,21 +84,11 @@ async function admit(
         actor: caller.actor,
         outcome: "success",
         subject: `image/${offer.digest}`,
-        details: { digest: offer.digest, reference: offer.reference, signedBy },
+        details: { digest: offer.digest, reference: offer.reference, signedBy, sizeBytes },
       },
     ]);
     return imageView(row);
   });
-}
-
-/** Every blob a node will ask for. A missing or altered one is found now, not when a cell waits for it. */
-async function readBlobs(store: ImageStore, digest: string): Promise<{ blobs: string[]; sizeBytes: number }> {
-  const manifest = await store.readManifest(digest);
-  const layers = manifest.layers.map((layer) => layer.descriptor.digest);
-  return {
-    blobs: [...new Set([digest, manifest.manifestDigest, manifest.configDescriptor.digest, ...layers])],
-    sizeBytes: manifest.sizeBytes,
-  };
 }
 
 /** A refused image is in the log, with digest and reference, before the caller hears of it. */

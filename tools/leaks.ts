@@ -46,7 +46,8 @@ async function programs(): Promise<string[]> {
   return list.map(({ id, name, type }) => `program ${type} ${name ?? ""} ${id}`);
 }
 
-const ours = /qemu-system|systemd-socket-proxyd|src\/main\.ts|postgres/;
+/** Of PostgreSQL the server itself: its workers come and go. */
+const ours = /qemu-system|systemd-socket-proxyd|src\/main\.ts|bin\/postgres/;
 
 async function processes(): Promise<string[]> {
   const lines: string[] = [];

@@ -66,7 +66,7 @@ describe("a cell", () => {
       "nslookup example.org",
       "ping -c 1 -W 2 192.0.2.1",
       "ping -c 1 -W 2 2001:db8::1",
-      "ping -c 1 -W 2 ff02::1%eth0",
+
       "ip -6 route add default dev eth0 && wget -T 2 -O - 'http://[2001:db8::1]/'",
       "ip addr add 192.0.2.77/24 dev eth0 && ping -c 1 -W 2 192.0.2.1",
       "ip -6 addr add 2001:db8::77/64 dev eth0 nodad && ping -c 1 -W 2 -I 2001:db8::77 2001:db8::1",

@@ -58,7 +58,7 @@ describe("kill -9", () => {
     await runtime.ok("exec", "web", "--", "true");
     process.kill(await runtime.pid("agent"), "SIGKILL");
     for (let n = 0; n < 9; n++)
-      await fetch(`http://127.0.0.1:${port}/?away-${n}`, { headers: { connection: "close" } }).then((answer) => answer.text());
+      await fetch(`http://127.0.0.1:${port}/away-${n}`, { headers: { connection: "close" } }).then((answer) => answer.text());
     await runtime.up();
     const logs = await eventually("the lines came", 10_000, async () => {
       const text = await runtime.ok("logs", "web");

@@ -46,7 +46,7 @@ const applets = [
   "true",
   "false",
 ];
-const serve = ["httpd", "-f", "-v", "-p", "[::]:80", "-h", "/www"];
+const serve = ["httpd", "-f", "-vv", "-p", "[::]:80", "-h", "/www"];
 
 /** Writes an OCI layout to `folder` with one image tagged `latest`; returns the manifest's digest. */
 export async function writeBusyboxImage(folder: string, image: BusyboxImage = {}): Promise<string> {

@@ -9,10 +9,11 @@ import { type Handler, tenantOf } from "../handler.ts";
 import { readTrustedKeys } from "../services.ts";
 import { imageView } from "../views.ts";
 
-export const putBlob: Handler<"putBlob"> = async ({ control, caller, params, body }) => {
-  await control.blobs.put(tenantOf(caller), params.digest, body);
-  return { ok: true };
-};
+export const putBlob: Handler<"putBlob"> = ({ control, caller, params, body }) =>
+  orRefuse(control, caller, { digest: params.digest, reference: `blob ${params.digest}` }, async () => {
+    await control.blobs.put(tenantOf(caller), params.digest, body);
+    return { ok: true };
+  });
 
 export const findBlobs: Handler<"findBlobs"> = async ({ control, caller, body }) => ({
   missing: await control.blobs.missing(tenantOf(caller), body.digests),

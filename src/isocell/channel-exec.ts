@@ -1,6 +1,7 @@
 import { Readable, Writable } from "node:stream";
 import { ForgeError } from "../base/errors.ts";
 import type { Frame, GuestFrameType } from "./channel-codec.ts";
+import { guestText } from "./channel-text.ts";
 import type { ExitStatus } from "./channel.ts";
 
 export interface ExecOptions {
@@ -19,6 +20,7 @@ export interface ExecOptions {
 const outputWindowBytes = 256 * 1024;
 const stdinWindowBytes = 64 * 1024;
 const stdinChunkBytes = 16 * 1024;
+const joinedBytes = 1024;
 const streamNumbers = { stdout: 1, stderr: 2 } as const;
 
 /**
@@ -78,9 +80,9 @@ export class ExecSession {
   }
 
   /** Hangs up: the program's group gets SIGHUP, then SIGKILL. */
-  close(): void {
+  close(reason: ForgeError = new ForgeError("CELL_FAILED", "the session was closed")): void {
     this.#send("execClose");
-    this.fail(new ForgeError("CELL_FAILED", "the session was closed"));
+    this.fail(reason);
   }
 
   /** For the channel: ends the session without the guest's word. */
@@ -107,7 +109,7 @@ export class ExecSession {
         this.#exited.resolve(readExitStatus(payload, 0));
         return this.#finish();
       case "execError":
-        return this.fail(new ForgeError("EXEC_FAILED", payload.toString("utf8", 4), { details: { errno: payload.readUInt32LE(0) } }));
+        return this.fail(new ForgeError("EXEC_FAILED", guestText(payload.subarray(4)), { details: { errno: payload.readUInt32LE(0) } }));
       default:
         throw new ForgeError("GUEST_PROTOCOL", `a ${frame.type} does not belong to a session`);
     }
@@ -159,9 +161,13 @@ class CreditedOutput {
   }
 
   push(bytes: Buffer): void {
+    if (bytes.length === 0) throw new ForgeError("GUEST_PROTOCOL", "the guest sent output without a byte"); // no credit would bound it
     this.#credit -= bytes.length;
     if (this.#credit < 0) throw new ForgeError("GUEST_PROTOCOL", "the guest sent more output than it was given room for");
-    this.#waiting.push(Buffer.from(bytes)); // a copy: the chunk it lies in must not live as long as the reader is slow
+    const last = this.#waiting.at(-1);
+    // A copy: the chunk it lies in must not live as long as the reader is slow. Small ones join, or 256 Ki of one byte wait.
+    if (last !== undefined && last.length + bytes.length <= joinedBytes) this.#waiting.splice(-1, 1, Buffer.concat([last, bytes]));
+    else this.#waiting.push(Buffer.from(bytes));
     this.#news.resolve();
   }
 
@@ -189,9 +195,13 @@ class CreditedOutput {
   }
 }
 
+/** A code is a byte (wait(2)) and signals are 1 to 64 (signal(7)). */
 export function readExitStatus(payload: Buffer, offset: number): ExitStatus {
+  const kind = payload.readUInt8(offset);
   const value = payload.readUInt32LE(offset + 1);
-  return payload.readUInt8(offset) === 1 ? { signal: value } : { code: value };
+  if (kind === 0 && value <= 255) return { code: value };
+  if (kind === 1 && value >= 1 && value <= 64) return { signal: value };
+  throw new ForgeError("GUEST_PROTOCOL", "the guest told an exit that no process can make");
 }
 
 function encodeExec(options: ExecOptions): Buffer {

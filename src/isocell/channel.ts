@@ -4,6 +4,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { errnoOf, ForgeError } from "../base/errors.ts";
 import { type ExecOptions, ExecSession, readExitStatus } from "./channel-exec.ts";
 import { encodeFrame, flush, type Frame, FrameDecoder, type GuestFrameType, nonceBytes } from "./channel-codec.ts";
+import { guestText } from "./channel-text.ts";
 
 export type { ExecOptions, ExecSession } from "./channel-exec.ts";
 
@@ -30,7 +31,7 @@ export interface GuestHandlers {
   started?(event: { readonly at: Date; readonly initUs: number; readonly pid: number }): void;
   log?(log: GuestLog): void | Promise<void>;
   /** These logs are lost: the guest keeps a bounded number of bytes for an absent host. */
-  dropped?(event: { readonly fromSequence: number; readonly toSequence: number }): void;
+  dropped?(event: { readonly fromSequence: number; readonly toSequence: number }): void | Promise<void>;
   /** The cell cannot run, or cannot go on. The guest powers off after it. */
   fatal?(event: { readonly code: string; readonly message: string }): void | Promise<void>;
   /** The entrypoint ended and all its logs were handed over; once this returns the guest powers off. */
@@ -55,6 +56,13 @@ export interface ProbeResult {
 
 const protocolVersion = 1;
 const maxProbes = 16;
+/** guest/session.h says the same. */
+const maxSessions = 16;
+/** Beyond a probe's own bound, for the way there and back. */
+const probeMarginMs = 1_000;
+const execStartMs = 10_000;
+/** More than every session's window of stdin and its request, probes and credits together: beyond it a guest does not read. */
+const maxUnsentBytes = 4 * 1024 * 1024;
 const maxStream = 0xffff;
 /** A guest that still waits for the rest of a dead host's frame hears nothing until it is flushed out. */
 const helloAgainAfterMs = [1_000, 5_000, 20_000];
@@ -113,8 +121,9 @@ export class GuestChannel {
     return this.#closed.promise;
   }
 
-  /** Runs a program in the cell as the cell's user. Ends with the connection. Rejects when it cannot be started. */
+  /** Runs a program in the cell as the cell's user. Ends with the connection. Rejects when it cannot be started in time. */
   async exec(options: ExecOptions): Promise<ExecSession> {
+    if (this.#sessions.size >= maxSessions) throw new ForgeError("UNAVAILABLE", `${maxSessions} sessions are open in this cell`);
     const stream = this.#takeStream();
     const session = new ExecSession(
       options,
@@ -122,8 +131,14 @@ export class GuestChannel {
       () => this.#sessions.delete(stream),
     );
     this.#sessions.set(stream, session);
-    await session.started;
-    return session;
+    const late = new ForgeError("TIMEOUT", `the guest did not start the program within ${execStartMs} ms`);
+    const timer = setTimeout(() => session.close(late), execStartMs);
+    try {
+      await session.started;
+      return session;
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   /** Is the port answering, asked from inside the cell? TCP connect, or an HTTP GET that must answer 2xx or 3xx. */
@@ -138,7 +153,15 @@ export class GuestChannel {
     const result = Promise.withResolvers<ProbeResult>();
     this.#probes.set(stream, result);
     this.#send("probe", stream, payload);
-    return await result.promise;
+    const timer = setTimeout(() => {
+      this.#probes.delete(stream);
+      result.resolve({ ok: false, detail: "the guest did not answer" });
+    }, options.timeoutMs + probeMarginMs);
+    try {
+      return await result.promise;
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   /** Sends the entrypoint a signal. */
@@ -253,31 +276,35 @@ export class GuestChannel {
 
   /** Before its power-off the guest waits, for a bounded time, to hear that its last word arrived. */
   async #onFatal(payload: Buffer): Promise<void> {
-    const words = payload.toString("utf8");
-    const split = words.indexOf("\0");
+    const split = payload.indexOf(0);
     if (split === -1) throw new ForgeError("GUEST_PROTOCOL", "the guest sent a failure without a code");
-    await this.#handlers.fatal?.({ code: words.slice(0, split), message: words.slice(split + 1) });
+    await this.#handlers.fatal?.({ code: guestText(payload.subarray(0, split)), message: guestText(payload.subarray(split + 1)) });
     this.#send("powerOff", 0);
   }
 
   async #onExited(payload: Buffer): Promise<void> {
-    await this.#handlers.exited?.({ at: this.#at(readUs(payload, 0)), status: readExitStatus(payload, 8) });
+    const event = { at: this.#at(readUs(payload, 0)), status: readExitStatus(payload, 8) };
+    await this.#handlers.exited?.(event);
     this.#send("powerOff", 0);
   }
 
   #onProbeResult(stream: number, payload: Buffer): void {
     const probe = this.#probes.get(stream);
-    if (probe === undefined) throw new ForgeError("GUEST_PROTOCOL", "the guest answered a probe that nobody asked for");
+    if (probe === undefined) return this.#passOver("probeResult", stream);
     this.#probes.delete(stream);
-    probe.resolve({ ok: payload.readUInt8(0) === 1, detail: payload.toString("utf8", 1) });
+    probe.resolve({ ok: payload.readUInt8(0) === 1, detail: guestText(payload.subarray(1)) });
   }
 
   #onSessionFrame(frame: Frame): void {
     const session = this.#sessions.get(frame.stream);
     if (session !== undefined) return session.receive(frame);
-    // What was under way when we closed the session may still arrive; a stream never opened may not.
-    if (frame.stream === 0 || frame.stream > this.#highestStream)
-      throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${frame.type} for no session`);
+    this.#passOver(frame.type, frame.stream);
+  }
+
+  /** What was under way when we closed a session or gave up a probe may still arrive; for a stream never opened nothing may. */
+  #passOver(type: GuestFrameType, stream: number): void {
+    if (stream === 0 || stream > this.#highestStream)
+      throw new ForgeError("GUEST_PROTOCOL", `the guest sent a ${type} that nobody asked for`);
   }
 
   /** Host time of a moment on the guest's boot clock. */
@@ -297,7 +324,10 @@ export class GuestChannel {
   }
 
   #send(type: GuestFrameType, stream: number, payload?: Uint8Array): void {
-    if (!this.#isOver && this.#socket.writable) this.#socket.write(encodeFrame(type, stream, payload));
+    if (this.#isOver || !this.#socket.writable) return;
+    this.#socket.write(encodeFrame(type, stream, payload));
+    if (this.#socket.writableLength > maxUnsentBytes)
+      this.#socket.destroy(new ForgeError("GUEST_PROTOCOL", "the guest does not read what it is sent"));
   }
 }
 

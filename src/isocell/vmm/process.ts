@@ -7,6 +7,7 @@ import { readIfExists } from "../../base/durable.ts";
 import { ForgeError } from "../../base/errors.ts";
 import { childEnvironment } from "../../base/exec.ts";
 import { inNetns } from "../../base/linux.ts";
+import { guestText } from "../channel-text.ts";
 import type { Launch } from "./vmm.ts";
 
 /**
@@ -74,10 +75,10 @@ export async function findVmm(cellDir: string): Promise<VmmProcess | undefined> 
   return { pid: name.pid, isAlive: () => isAlive(name), exited: undefined };
 }
 
-/** Last words of the VMM itself, for a person; the guest has no way to write here. */
+/** Last words of the VMM itself, for a person; the guest has no way to write here, unless it broke out into the VMM. */
 export async function readDiagnostics(cellDir: string): Promise<string> {
   const text = (await readIfExists(join(cellDir, diagnosticsFileName)))?.toString("utf8") ?? "";
-  return text.trim().slice(-600);
+  return guestText(text.trim().slice(-600));
 }
 
 function spawnDetached(launch: Launch, options: SpawnOptions, diagnosticsFd: number): ChildProcess {

@@ -54,12 +54,18 @@ export const cellReportSchema = z.object({
   id: z.string(),
   revision: z.int(),
   state: cellStateSchema,
-  reason: z.string().nullable(),
+  /** May repeat what a guest said: bounded, and without the NUL that no text of PostgreSQL holds. */
+  reason: z
+    .string()
+    .max(4000)
+    .refine((reason) => !reason.includes("\0"), "holds a NUL")
+    .nullable(),
   measurement: digestSchema.nullable(),
   vmm: z.string().nullable(),
   emulated: z.boolean().nullable(),
   restarts: z.int(),
-  exitStatus: z.int().nullable(),
+  /** Of the entrypoint, as a shell tells it: 128 and the number where a signal killed it. */
+  exitStatus: z.int().min(0).max(255).nullable(),
   startedAt: z.iso.datetime().nullable(),
   phases: phasesSchema,
   published: z.array(z.object({ name: nameSchema, address: z.string(), port: z.int() })),

@@ -1,4 +1,5 @@
 import { createHash, randomBytes, timingSafeEqual } from "node:crypto";
+import { isIPv6 } from "node:net";
 import { sql } from "kysely";
 import type { Role } from "../api/resources.ts";
 import { ForgeError } from "../base/errors.ts";
@@ -37,11 +38,14 @@ export function hashSecret(secret: string): Buffer {
   return createHash("sha256").update(secret).digest();
 }
 
-/** Checks tokens, and counts those that are not valid: by address, per minute, in bounded memory. */
+/** Checks tokens, and counts those that are not valid: by where they come from, per minute, in bounded memory. */
 export class Authenticator {
   readonly #control: Control;
   readonly #failures = new Map<string, number>();
   #minuteEndsMs = 0;
+  #recorded = 0;
+  /** Failures that the log has not told of one by one, and not summed yet. */
+  #untold = 0;
 
   constructor(control: Control) {
     this.#control = control;
@@ -95,29 +99,41 @@ export class Authenticator {
 
   /**
    * Counts and records a refusal of somebody unknown; throws TOO_MANY_ATTEMPTS when there were too many. The first of a
-   * minute are in the log one by one, the rest as the count the next minute begins with.
+   * minute are in the log one by one, the rest as a sum: who has no token must not fill a log that is kept for ever.
    */
   async refuse(reason: string, address: string, route: string): Promise<void> {
-    const earlier = this.#beginMinute();
-    const count = (this.#failures.get(address) ?? 0) + 1;
-    if (this.#failures.has(address) || this.#failures.size < maxAddresses) this.#failures.set(address, count);
-    const records = count <= recordedFailures ? [{ reason, route, address }] : [];
-    if (earlier > 0) records.unshift({ reason: `${earlier} more refusals in an earlier minute`, route: "any", address: "any" });
+    const records = this.#beginMinute();
+    const source = this.#sourceOf(address);
+    const count = (this.#failures.get(source) ?? 0) + 1;
+    this.#failures.set(source, count);
+    if (count <= recordedFailures && this.#recorded < maxRecorded) {
+      this.#recorded++;
+      records.push({ reason, route, address });
+    } else this.#untold++;
     if (records.length > 0) await this.#record(records);
     if (count > allowedFailures)
-      throw new ForgeError("TOO_MANY_ATTEMPTS", `${count} requests with invalid tokens came from ${address} within a minute`);
+      throw new ForgeError("TOO_MANY_ATTEMPTS", `${count} requests with invalid tokens came from ${source} within a minute`);
   }
 
-  /** Forgets the counts when a minute is over; returns how many failures the log has not told of. */
-  #beginMinute(): number {
-    if (Date.now() < this.#minuteEndsMs) return 0;
-    this.#minuteEndsMs = Date.now() + 60_000;
-    const untold = [...this.#failures.values()].reduce((sum, count) => sum + Math.max(count - recordedFailures, 0), 0);
+  /** Forgets the counts when a minute is over; returns the sum of the failures that the log has not told of. */
+  #beginMinute(): FailureRecord[] {
+    const nowMs = this.#control.clock.monotonicMs();
+    if (nowMs < this.#minuteEndsMs) return [];
+    const untold = this.#untold;
+    this.#minuteEndsMs = nowMs + 60_000;
     this.#failures.clear();
-    return untold;
+    this.#recorded = 0;
+    this.#untold = 0;
+    return untold === 0 ? [] : [{ reason: `${untold} more refusals in an earlier minute`, route: "any", address: "any" }];
   }
 
-  async #record(records: readonly { reason: string; route: string; address: string }[]): Promise<void> {
+  /** Whom an address counts as. Those that come when the table is full count as one. */
+  #sourceOf(address: string): string {
+    const source = isIPv6(address) ? networkOf(address) : address;
+    return this.#failures.has(source) || this.#failures.size < maxSources ? source : "many addresses";
+  }
+
+  async #record(records: readonly FailureRecord[]): Promise<void> {
     const facts = records.map((details) => ({
       tenant: null,
       kind: "auth.denied" as const,
@@ -130,7 +146,21 @@ export class Authenticator {
   }
 }
 
-const maxAddresses = 4096;
-/** Per address and minute. */
+type FailureRecord = Readonly<Record<"reason" | "route" | "address", string>>;
+
+/** The /64 of an IPv6 address, which one machine has whole (RFC 4291, 2.5.4); of a mapped one, the IPv4 address. */
+function networkOf(address: string): string {
+  const mapped = /^::ffff:([0-9.]+)$/i.exec(address)?.[1];
+  if (mapped !== undefined) return mapped;
+  const [left = [], right = []] = address.split("::").map((side) => side.split(":").filter((group) => group !== ""));
+  const zeros = Array.from({ length: Math.max(8 - left.length - right.length, 0) }, () => "0");
+  const groups = [...left, ...zeros, ...right].slice(0, 4).map((group) => Number.parseInt(group, 16).toString(16));
+  return `${groups.join(":")}::/64`;
+}
+
+const maxSources = 4096;
+/** Per source and minute. */
 const recordedFailures = 5;
 const allowedFailures = 30;
+/** Per minute, of all sources. */
+const maxRecorded = 200;

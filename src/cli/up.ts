@@ -86,7 +86,10 @@ async function ensureAgent(
   const started = isRunning ? undefined : await startDaemon(dataDir, "agent");
   if (started !== undefined) cli.terminal.progress(["the control plane runs", "starting the agent …"]);
   const node = await waitForDaemon({ dataDir, name: "agent", started, timeoutMs: readyTimeoutMs, signal: cli.signal }, async () => {
-    const { items } = await api.call("listNodes", {});
+    const { items } = await api.call("listNodes", {}).catch((error: unknown) => {
+      if (error instanceof ForgeError && error.httpStatus === 503) return { items: [] }; // it mends itself, within our bound
+      throw error;
+    });
     // A node that was there before counts once it was heard of again.
     return items.find(
       ({ name, state, lastSeenAt }) =>

@@ -44,7 +44,7 @@ export interface CellHandlers {
   started?(event: { readonly pid: number }): void;
   log?(log: GuestLog): void | Promise<void>;
   /** These logs are lost: the guest keeps a bounded number of bytes for an absent host. */
-  dropped?(event: { readonly fromSequence: number; readonly toSequence: number }): void;
+  dropped?(event: { readonly fromSequence: number; readonly toSequence: number }): void | Promise<void>;
   /** Exactly once, last. Not after `detach`. */
   ended?(end: CellEnd): void;
 }
@@ -81,6 +81,7 @@ export class Cell {
   #state: CellState = "booting";
   #phases: CellPhases;
   #channel: GuestChannel | undefined;
+  #isEnding = false;
   #isDetached = false;
   #status: ExitStatus | null = null;
   #failure: ForgeError | undefined;
@@ -100,6 +101,14 @@ export class Cell {
 
   get state(): CellState {
     return this.#state;
+  }
+
+  /**
+   * True once the guest said its last word or is out of reach: `ended` is about to settle, and knows why better than what
+   * fails meanwhile. Never after `detach`.
+   */
+  get isEnding(): boolean {
+    return this.#isEnding && !this.#isDetached;
   }
 
   get phases(): CellPhases {
@@ -163,11 +172,13 @@ export class Cell {
       const { channelPath, bootTimeoutMs } = this.#parts;
       const options = { lastLogSequence, timeoutMs: bootTimeoutMs, signal: this.#gone.signal, handlers: this.#guestHandlers() };
       this.#channel = await GuestChannel.connect(channelPath, options);
+      if (this.#isDetached) await this.#channel.close();
       this.#connected.resolve(this.#channel);
       await this.#channel.closed;
     } catch (error) {
       this.#failure ??= toForgeError(error);
     }
+    this.#isEnding = true;
     if (this.#isDetached) return this.#connected.reject(new ForgeError("UNAVAILABLE", "the cell was let go"));
     await this.#finish();
   }
@@ -187,14 +198,17 @@ export class Cell {
       log: (log) => this.#handlers.log?.(log),
       dropped: (event) => this.#handlers.dropped?.(event),
       fatal: ({ code, message }) => {
-        this.#failure = guestFailure(code, message);
+        this.#failure ??= guestFailure(code, message);
         this.#expectPowerOff();
       },
       exited: ({ status }) => {
-        this.#status = status;
+        this.#status ??= status;
         this.#expectPowerOff();
       },
-      closed: (error) => void (this.#failure ??= error),
+      closed: (error) => {
+        this.#isEnding = true;
+        this.#failure ??= error;
+      },
     };
   }
 
@@ -202,8 +216,10 @@ export class Cell {
     if (this.#state === "booting" || this.#state === "booted") this.#state = state;
   }
 
-  /** A guest is not trusted to switch itself off. */
+  /** A guest is not trusted to switch itself off, nor to say its last word once. */
   #expectPowerOff(): void {
+    if (this.#isEnding) return;
+    this.#isEnding = true;
     this.#state = "stopping";
     void delay(powerOffMs, undefined, { ref: false }).then(() => {
       if (this.#state !== "ended" && !this.#isDetached) void this.kill().catch(() => undefined); // tried again by remove

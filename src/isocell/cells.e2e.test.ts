@@ -123,6 +123,32 @@ describe.each(drivers)("a cell on %s", (_, vmm) => {
     expect(await again.list()).not.toContain(spec.cellId);
   });
 
+  test("whose start is under way when all are let go runs on, and is the next one's alone", async () => {
+    const first = await bench.open({ vmm });
+    const reached = Promise.withResolvers<void>();
+    const held = Promise.withResolvers<void>();
+    const told: string[] = [];
+    const starting = start(first, "sleep 1000", {
+      measured: () => (reached.resolve(), held.promise),
+      booted: () => void told.push("booted"),
+      ended: () => void told.push("ended"),
+    });
+    await reached.promise;
+    await first.close();
+    held.resolve();
+    const { cellId } = await starting;
+    expect(first.get(cellId)).toBeUndefined();
+    await expect(first.reattach(cellId)).rejects.toMatchObject({ code: "UNAVAILABLE" });
+    await expect(first.start(bench.spec("true"))).rejects.toMatchObject({ code: "UNAVAILABLE" });
+
+    const seen = record();
+    const cell = await cells.reattach(cellId, seen.handlers);
+    await seen.started;
+    expect(await outputOf((await cell?.exec({ argv: ["echo", "here"], tty: false }))!)).toBe("here\n");
+    await cells.remove(cellId);
+    expect(told).toEqual([]);
+  });
+
   test("has its memory and not more, and a console of a bounded size; the VMM lives on when both are used up", async () => {
     const maxFileBytes = 4096;
     const loud = (boot: CellBoot): CellBoot => ({ ...boot, commandLine: boot.commandLine.replace("quiet", "loglevel=8") });

@@ -77,6 +77,7 @@ export class IsoCells {
   readonly #cgroups = new CgroupTree();
   readonly #cells = new Map<string, Cell>();
   readonly #uids = new Map<string, number>();
+  #isClosed = false;
 
   static async open(options: IsoCellsOptions): Promise<IsoCells> {
     const longest = join(options.dir, `cell_${"0".repeat(24)}`, files.channel);
@@ -113,6 +114,7 @@ export class IsoCells {
    */
   async start(spec: CellSpec, handlers: CellHandlers = {}): Promise<Cell> {
     const beganMs = performance.now();
+    this.#checkOpen();
     const cellDir = await this.#claim(spec.cellId);
     try {
       await this.#options.rootfs.verifySealed(spec.artifact);
@@ -130,7 +132,7 @@ export class IsoCells {
       ]);
       const vmm = await spawnVmm(launch, { cellDir, netnsPath: boot.netnsPath, cgroup });
       const spawnMs = performance.now() - beganMs;
-      return this.#follow({ cellId: spec.cellId, cellDir, record, spawnMs, vmm, cgroup }, handlers, 0);
+      return await this.#follow({ cellId: spec.cellId, cellDir, record, spawnMs, vmm, cgroup }, handlers, 0);
     } catch (error) {
       await this.remove(spec.cellId);
       throw error;
@@ -142,13 +144,14 @@ export class IsoCells {
    * never did): then `remove` it. `lastLogSequence` is the last log held durably.
    */
   async reattach(cellId: string, handlers: CellHandlers = {}, lastLogSequence = 0): Promise<Cell | undefined> {
+    this.#checkOpen();
     const known = this.#cells.get(checkedId(cellId));
     if (known !== undefined && known.state !== "ended") throw new ForgeError("CONFLICT", `${cellId} is already attached`);
     const cellDir = join(this.#options.dir, cellId);
     const [record, vmm] = await Promise.all([this.#readRecord(cellId), findVmm(cellDir)]);
     const cgroup = this.#cgroups.find(cellId);
     if (record === undefined || vmm === undefined || cgroup === undefined) return undefined;
-    return this.#follow({ cellId, cellDir, record, spawnMs: undefined, vmm, cgroup }, handlers, lastLogSequence);
+    return await this.#follow({ cellId, cellDir, record, spawnMs: undefined, vmm, cgroup }, handlers, lastLogSequence);
   }
 
   get(cellId: string): Cell | undefined {
@@ -179,10 +182,15 @@ export class IsoCells {
     return (await readIfExists(join(this.#options.dir, checkedId(cellId), files.console))) ?? Buffer.alloc(0);
   }
 
-  /** Lets go of every cell; all run on. */
+  /** Lets go of every cell, also of one whose start is under way: all run on. Nothing is started or attached after it. */
   async close(): Promise<void> {
+    this.#isClosed = true;
     await Promise.all([...this.#cells.values()].map((cell) => cell.detach()));
     this.#cells.clear();
+  }
+
+  #checkOpen(): void {
+    if (this.#isClosed) throw new ForgeError("UNAVAILABLE", "this node's cells were let go");
   }
 
   /** One start per cell: the folder is the lock. */
@@ -235,11 +243,11 @@ export class IsoCells {
     return this.#cgroups.create(spec.cellId, { memoryBytes, processes: spec.vcpus + processesBeyondVcpus, cpus: spec.cpus });
   }
 
-  #follow(
+  async #follow(
     found: { cellId: string; cellDir: string; record: CellRecord; spawnMs: number | undefined; vmm: VmmProcess; cgroup: Cgroup },
     handlers: CellHandlers,
     lastLogSequence: number,
-  ): Cell {
+  ): Promise<Cell> {
     const { record, ...parts } = found;
     const channelPath = join(parts.cellDir, files.channel);
     const bootTimeoutMs = this.#options.bootTimeoutMs ?? 60_000;
@@ -248,7 +256,8 @@ export class IsoCells {
       handlers,
       lastLogSequence,
     );
-    this.#cells.set(parts.cellId, cell);
+    if (this.#isClosed) await cell.detach();
+    else this.#cells.set(parts.cellId, cell);
     return cell;
   }
 

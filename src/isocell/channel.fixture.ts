@@ -8,7 +8,7 @@ import { encodeFrame, type Frame, frameHeaderBytes, frameTypes, type GuestFrameT
 /** For tests: the guest's end of the channel, which says what a test wants it to. It answers `hello` honestly. */
 export interface FakeGuest extends AsyncDisposable {
   readonly socketPath: string;
-  send(type: GuestFrameType, stream?: number, payload?: Uint8Array): void;
+  readonly send: (type: GuestFrameType, stream?: number, payload?: Uint8Array) => void;
   /** Reads nothing more. */
   deafen(): void;
   /** As a VMM that died. */

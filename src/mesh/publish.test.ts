@@ -117,8 +117,7 @@ describe("a port that is taken", () => {
     const { cellId, netnsPath, address } = replica.attachment;
     await using cleanUp = new AsyncDisposableStack();
     cleanUp.defer(() => unpublish(cellId, cell.stateDir));
-    await publish(optionsOf());
-    await publish({ ...optionsOf(), cellId, netnsPath, cellAddress: address });
+    await Promise.all([publish(optionsOf()), publish({ ...optionsOf(), cellId, netnsPath, cellAddress: address })]);
     const answers = new Set<string>();
     for (let attempt = 0; attempt < 64 && answers.size < 2; attempt++) answers.add(String(await echo(port, Buffer.from("first"))));
     expect([...answers].toSorted()).toEqual(["first", "replica"]);
@@ -129,9 +128,11 @@ describe("a port that is taken", () => {
 
 describe("a port of another service", () => {
   test("is refused while a publication of it lives, in whatever cell", async () => {
-    const { owner } = await publish(optionsOf());
-    expect(owner).toBe("ten_a/web");
     const stranger = { ...optionsOf(), cellId: "cell_stranger", owner: "ten_b/web" };
+    const underWay = publish(optionsOf());
+    await expect(publish(stranger)).rejects.toMatchObject({ code: "PORT_TAKEN" });
+    await underWay;
+    expect(listPublished(cell.stateDir)).toContainEqual(expect.objectContaining({ publishedPort: port, owner: "ten_a/web" }));
     await expect(publish(stranger)).rejects.toMatchObject({ code: "PORT_TAKEN" });
     expect(() => checkPublishable("127.0.0.1", port, "ten_b/web", cell.stateDir)).toThrow(expect.objectContaining({ code: "PORT_TAKEN" }));
     checkPublishable("127.0.0.1", port, "ten_a/web", cell.stateDir);

@@ -37,6 +37,9 @@ export interface Published {
   readonly pid: number;
 }
 
+/** What is being published and has no record yet: two replicas may become ready at once. */
+const underWay = new Set<PublishOptions>();
+
 const proxyProgram = "/lib/systemd/systemd-socket-proxyd";
 const maxConnections = 1024;
 /** A connection takes two sockets and two pipes. */
@@ -54,9 +57,11 @@ export async function publish(options: PublishOptions): Promise<Published> {
   if (!existsSync(proxyProgram)) throw new ForgeError("UNSUPPORTED", `the program ${proxyProgram} is not installed`);
   mkdirSync(cellPath(stateDir, "published", cellId), { recursive: true, mode: 0o700 });
   const listener = openListener(options);
+  underWay.add(options);
   try {
     return { cellId, owner, publishedPort, pid: await startProxy(options, record, listener) };
   } finally {
+    underWay.delete(options);
     closeSync(listener);
   }
 }
@@ -87,7 +92,8 @@ export function listPublished(stateDir: string): Published[] {
 export function checkPublishable(listenAddress: string, publishedPort: number, owner: string, stateDir: string): void {
   if (!/^[a-z0-9_/-]{1,200}$/.test(owner))
     throw new ForgeError("INVALID_INPUT", "the owner of a published port has a name of a-z, 0-9, _, / and -");
-  const living = listPublished(stateDir).filter((other) => other.publishedPort === publishedPort);
+  const begun = [...underWay].filter((other) => other.stateDir === stateDir);
+  const living = [...begun, ...listPublished(stateDir)].filter((other) => other.publishedPort === publishedPort);
   if (living.some((other) => other.owner !== owner)) throw new ForgeError("PORT_TAKEN", `port ${publishedPort} is another service's`);
   if (living.length === 0) closeSync(listenTcp(listenAddress, publishedPort, { reusePort: false }));
 }

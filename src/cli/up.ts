@@ -56,6 +56,7 @@ export async function bringUp(
   const context = await keepContext(home, dataDir, installation);
   const api = new Connection(context, cli.signal);
   try {
+    await waitForHealth(cli, dataDir, api, control);
     await trustLocalKey(api, home);
     const { node, isNew } = await ensureAgent(cli, dataDir, installation, api);
     if (isNew) started.push("agent");
@@ -75,6 +76,16 @@ async function ensureControl(cli: Cli, dataDir: string): Promise<StartedDaemon |
   return started;
 }
 
+/** A control plane that runs may have lost its database a moment ago: it brings it back itself. */
+async function waitForHealth(cli: Cli, dataDir: string, api: Connection, started: StartedDaemon | undefined): Promise<void> {
+  await waitForDaemon({ dataDir, name: "control", started, timeoutMs: readyTimeoutMs, signal: cli.signal }, () =>
+    api.call("getHealth", {}).catch((error: unknown) => {
+      if (error instanceof ForgeError && error.httpStatus === 503) return undefined;
+      throw error;
+    }),
+  );
+}
+
 async function ensureAgent(
   cli: Cli,
   dataDir: string,
@@ -86,10 +97,7 @@ async function ensureAgent(
   const started = isRunning ? undefined : await startDaemon(dataDir, "agent");
   if (started !== undefined) cli.terminal.progress(["the control plane runs", "starting the agent …"]);
   const node = await waitForDaemon({ dataDir, name: "agent", started, timeoutMs: readyTimeoutMs, signal: cli.signal }, async () => {
-    const { items } = await api.call("listNodes", {}).catch((error: unknown) => {
-      if (error instanceof ForgeError && error.httpStatus === 503) return { items: [] }; // it mends itself, within our bound
-      throw error;
-    });
+    const { items } = await api.call("listNodes", {});
     // A node that was there before counts once it was heard of again.
     return items.find(
       ({ name, state, lastSeenAt }) =>

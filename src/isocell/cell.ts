@@ -11,6 +11,7 @@ import {
   type GuestLog,
   type ProbeResult,
 } from "./channel.ts";
+import { guestText } from "./channel-text.ts";
 import { readDiagnostics, type VmmProcess } from "./vmm/process.ts";
 
 /** booting: no word from init yet. booted: init speaks. running: the entrypoint runs. ended: the VMM is dead. */
@@ -261,7 +262,7 @@ export class Cell {
     if (failure !== undefined && !diedAlone) return failed(failure.code, failure.message);
     if (failure?.details?.["guest"] !== undefined) return failed(failure.code, failure.message);
     if (this.#parts.cgroup.memoryKills() > 0) return failed("CELL_FAILED", "the microVM was killed: it needed more memory than its limit");
-    const words = await readDiagnostics(this.#parts.cellDir).catch(() => "");
+    const words = guestText(await readDiagnostics(this.#parts.cellDir).catch(() => ""));
     return failed("CELL_FAILED", words === "" ? "the microVM died" : `the microVM died: ${words}`);
   }
 }

@@ -7,7 +7,6 @@ import { readIfExists } from "../../base/durable.ts";
 import { ForgeError } from "../../base/errors.ts";
 import { childEnvironment } from "../../base/exec.ts";
 import { inNetns } from "../../base/linux.ts";
-import { guestText } from "../channel-text.ts";
 import type { Launch } from "./vmm.ts";
 
 /**
@@ -75,10 +74,10 @@ export async function findVmm(cellDir: string): Promise<VmmProcess | undefined> 
   return { pid: name.pid, isAlive: () => isAlive(name), exited: undefined };
 }
 
-/** Last words of the VMM itself, for a person; the guest has no way to write here, unless it broke out into the VMM. */
+/** Last words of the VMM itself, for a person; a guest that broke out into the VMM can write here. */
 export async function readDiagnostics(cellDir: string): Promise<string> {
   const text = (await readIfExists(join(cellDir, diagnosticsFileName)))?.toString("utf8") ?? "";
-  return guestText(text.trim().slice(-600));
+  return text.trim().slice(-600);
 }
 
 function spawnDetached(launch: Launch, options: SpawnOptions, diagnosticsFd: number): ChildProcess {

@@ -229,7 +229,7 @@ describe("a cell that fails", () => {
       ({ cells }) => cells[0]?.state === "failed",
     );
     expect(service.cells[0]?.reason).toBe("exit status 1");
-    expect(await kinds()).toContain("cell.failed");
+    await eventually(kinds, (all) => all.includes("cell.failed"));
     expect((await client.call("listNodes", {})).items[0]).toMatchObject({ memoryFreeMib: 1024 });
     const { plan } = await client.call("applyService", { body: plane.apply("web", image) });
     expect(plan).toMatchObject({ action: "update", revision: 1 });

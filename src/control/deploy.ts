@@ -5,7 +5,7 @@ import { ForgeError } from "../base/errors.ts";
 import { cellAddress, newCellIdentifier } from "../mesh/index.ts";
 import { appendEvents, type Fact } from "./audit-log.ts";
 import type { Control } from "./context.ts";
-import { notify, type Trx } from "./db/database.ts";
+import type { Trx } from "./db/database.ts";
 import type { CellTable } from "./db/schema.ts";
 import { pickRoom, readRooms } from "./placement.ts";
 
@@ -27,6 +27,8 @@ export interface StepContext {
   readonly control: Control;
   /** Its row is locked. */
   readonly cell: Selectable<CellTable>;
+  /** What the step did, for the log: appended once, at the end of the transaction. */
+  readonly facts: Fact[];
 }
 
 /** The life of a deploy, once per cell. On failure the steps that were done are undone, last first. */
@@ -39,7 +41,7 @@ export const deploySteps: readonly Step[] = [
 ];
 
 /** Reserves room on a node. Where cells that are stopping will make the room, it waits for them. */
-async function place({ trx, control, cell }: StepContext): Promise<"done" | "wait"> {
+async function place({ trx, cell, facts }: StepContext): Promise<"done" | "wait"> {
   const need = {
     jurisdiction: cell.jurisdiction,
     memoryMib: cell.memory_mib,
@@ -56,7 +58,7 @@ async function place({ trx, control, cell }: StepContext): Promise<"done" | "wai
     throw error;
   }
   await trx.updateTable("cells").set({ node_id: room.nodeId, holds_room: true }).where("id", "=", cell.id).execute();
-  await record(control, trx, cell, "cell.placed", { revision: cell.revision, node: room.nodeName });
+  facts.push(cellFact(cell, "cell.placed", { revision: cell.revision, node: room.nodeName }));
   return "done";
 }
 
@@ -75,7 +77,7 @@ async function giveAddress({ trx, control, cell }: StepContext): Promise<"done">
 }
 
 /** Makes the cell part of its node's desired state, and wakes the node. */
-async function assign({ trx, control, cell }: StepContext): Promise<"done"> {
+async function assign({ trx, cell, facts }: StepContext): Promise<"done"> {
   const nodeId = cell.node_id ?? "";
   await trx.updateTable("cells").set({ desired: "running", state: "assigned" }).where("id", "=", cell.id).execute();
   await trx
@@ -84,7 +86,7 @@ async function assign({ trx, control, cell }: StepContext): Promise<"done"> {
     .onConflict((on) => on.doNothing())
     .execute();
   await changeNodes(trx, [nodeId]);
-  await record(control, trx, cell, "cell.assigned", { revision: cell.revision, address: cell.address });
+  facts.push(cellFact(cell, "cell.assigned", { revision: cell.revision, address: cell.address }));
   return "done";
 }
 
@@ -202,8 +204,8 @@ export async function changeNodes(trx: Trx, nodeIds: readonly string[]): Promise
     .updateTable("nodes")
     .set((on) => ({ generation: on("generation", "+", 1) }))
     .where("id", "in", ids)
+    .returning(sql`pg_notify('forge', 'node:' || id)`.as("wake"))
     .execute();
-  await notify(trx, ...ids.map((id) => `node:${id}`));
 }
 
 /** An event about a cell, by the platform. */
@@ -221,16 +223,6 @@ export function cellFact(
     subject: `cell/${cell.id}`,
     details: { service: cell.service_name, ...details },
   };
-}
-
-async function record(
-  control: Control,
-  trx: Trx,
-  cell: Selectable<CellTable>,
-  kind: Fact["kind"],
-  details: Fact["details"],
-): Promise<void> {
-  await appendEvents(trx, control.signer, [cellFact(cell, kind, details)]);
 }
 
 function leavingTooSlow(): ForgeError {

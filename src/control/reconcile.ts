@@ -53,10 +53,11 @@ export class Reconciler {
     const wakes = this.#control.wakes.subscribe("jobs");
     while (!this.#stop.signal.aborted) {
       try {
-        const claimed = await this.#claim(concurrentJobs - this.#active.size);
+        const free = concurrentJobs - this.#active.size;
+        const claimed = await this.#claim(free);
         for (const job of claimed) this.#follow(this.#runJob(job));
         if (this.#active.size >= concurrentJobs) await Promise.race(this.#active);
-        else if (claimed.length === 0) await wakes.wait(await this.#idleMs(), this.#stop.signal);
+        else if (claimed.length < free) await wakes.wait(await this.#idleMs(), this.#stop.signal);
       } catch (error) {
         this.#control.log.warn({ err: error }, "jobs cannot be read");
         await this.#control.clock.sleep(500, this.#stop.signal).catch(() => undefined);
@@ -108,29 +109,33 @@ export class Reconciler {
    */
   async #advance({ id, cell_id: cellId }: Job): Promise<boolean> {
     return transact(this.#control.db, async (trx) => {
-      for (;;) {
-        const cell = await trx.selectFrom("cells").selectAll().where("id", "=", cellId).forUpdate().executeTakeFirst();
-        const job = await trx
-          .selectFrom("jobs")
-          .selectAll()
-          .where("id", "=", id)
-          .where("lease_owner", "=", this.#owner)
-          .forUpdate()
-          .executeTakeFirst();
-        if (cell === undefined || job === undefined) return false; // removed meanwhile, or no longer ours
-        const context = { trx, control: this.#control, cell };
-        if (job.failure !== null) return this.#stepBack(context, job, job.failure);
-        const step = this.#steps[this.#indexOf(job) + 1];
-        const goesOn = await this.#stepForward(context, job, step);
-        if (!goesOn || step?.internal !== true) return goesOn;
-      }
+      const cell = await trx.selectFrom("cells").selectAll().where("id", "=", cellId).forUpdate().executeTakeFirst();
+      const job = await trx
+        .selectFrom("jobs")
+        .selectAll()
+        .where("id", "=", id)
+        .where("lease_owner", "=", this.#owner)
+        .forUpdate()
+        .executeTakeFirst();
+      if (cell === undefined || job === undefined) return false; // removed meanwhile, or no longer ours
+      const context: StepContext = { trx, control: this.#control, cell, facts: [] };
+      if (job.failure !== null) return this.#stepBack(context, job, job.failure);
+      const goesOn = await this.#stepForward(context, job);
+      if (context.facts.length > 0) await appendEvents(trx, this.#control.signer, context.facts);
+      return goesOn;
     });
   }
 
-  async #stepForward(context: StepContext, job: Job, step: Step | undefined): Promise<boolean> {
+  /** The next step, after the internal ones before it. */
+  async #stepForward(context: StepContext, job: Job): Promise<boolean> {
+    const step = this.#steps[this.#indexOf(job) + 1];
     if (step === undefined) return this.#finish(context.trx, job);
     if ((await step.do(context)) === "wait") return this.#putToSleep(context, job, step);
     if (step === this.#steps.at(-1)) return this.#finish(context.trx, job);
+    if (step.internal === true) {
+      const cell = await context.trx.selectFrom("cells").selectAll().where("id", "=", context.cell.id).executeTakeFirstOrThrow();
+      return this.#stepForward({ ...context, cell }, { ...job, step: step.name, deadline_at: null });
+    }
     await this.#renew(context.trx, job, { step: step.name, deadline_at: null });
     return true;
   }
@@ -141,7 +146,7 @@ export class Reconciler {
     if (Date.now() >= deadline.getTime()) throw step.tooLate?.(context) ?? new ForgeError("TIMEOUT", `the step ${step.name} took too long`);
     await context.trx
       .updateTable("jobs")
-      .set({ run_at: deadline, deadline_at: deadline, lease_owner: null, lease_until: null })
+      .set({ step: job.step, run_at: deadline, deadline_at: deadline, lease_owner: null, lease_until: null })
       .where("id", "=", job.id)
       .execute();
     return false;

@@ -1,4 +1,4 @@
-import type { Selectable } from "kysely";
+import { type Selectable, sql } from "kysely";
 import type { z } from "zod";
 import { memoryBytes, type ServiceSpec } from "../api/manifest.ts";
 import type { applyServiceSchema, Plan } from "../api/resources.ts";
@@ -6,7 +6,7 @@ import { ForgeError } from "../base/errors.ts";
 import { newId } from "../base/ids.ts";
 import { verifySignatures } from "../isocell/image/index.ts";
 import type { Control } from "./context.ts";
-import { notify, type Trx } from "./db/database.ts";
+import type { Trx } from "./db/database.ts";
 import type { ServiceTable } from "./db/schema.ts";
 import { removeCells, stopCells } from "./deploy.ts";
 import { occupy, pickRoom, readRooms } from "./placement.ts";
@@ -210,8 +210,8 @@ async function addCells(
   await trx
     .insertInto("jobs")
     .values(cells.map((cell) => ({ id: newId("job"), tenant_id: cell.tenant_id, cell_id: cell.id })))
+    .returning(sql`pg_notify('forge', 'jobs')`.as("wake"))
     .execute();
-  await notify(trx, "jobs");
 }
 
 async function lockService(trx: Trx, tenantId: string, name: string): Promise<ServiceRow | undefined> {

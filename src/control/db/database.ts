@@ -1,4 +1,4 @@
-import { Kysely, PostgresDialect, sql, type Transaction } from "kysely";
+import { Kysely, PostgresDialect, type Transaction } from "kysely";
 import pg from "pg";
 import { errnoOf, ForgeError, toForgeError } from "../../base/errors.ts";
 import type { Schema } from "./schema.ts";
@@ -59,11 +59,6 @@ export async function query<T>(work: Promise<T>): Promise<T> {
   } catch (error) {
     throw databaseError(error);
   }
-}
-
-/** Tells whoever waits for `topic`, once this transaction is committed. */
-export async function notify(trx: Trx, ...topics: string[]): Promise<void> {
-  await sql`select pg_notify('forge', topic) from unnest(${topics}::text[]) topic`.execute(trx);
 }
 
 /** The error a person should see; what is not the database's stays as it is. */

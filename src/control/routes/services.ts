@@ -1,3 +1,4 @@
+import type { Plan } from "../../api/resources.ts";
 import { ForgeError } from "../../base/errors.ts";
 import { appendDenial, appendEvents } from "../audit-log.ts";
 import { transact, type Trx } from "../db/database.ts";
@@ -24,7 +25,7 @@ export const getService: Handler<"getService"> = async ({ control, caller, param
 
 export const applyService: Handler<"applyService"> = async ({ control, caller, body }) => {
   const tenantId = tenantOf(caller);
-  const work = async (trx: Trx): ReturnType<Handler<"applyService">> => {
+  const work = async (trx: Trx): Promise<Plan> => {
     const plan = await apply(trx, control, tenantId, body);
     if (!body.dryRun && plan.action !== "unchanged") {
       const details = { revision: plan.revision, imageDigest: body.imageDigest, replicas: body.spec.replicas, action: plan.action };
@@ -32,10 +33,11 @@ export const applyService: Handler<"applyService"> = async ({ control, caller, b
         { tenant: tenantId, kind: "service.applied", actor: caller.actor, outcome: "success", subject: `service/${body.name}`, details },
       ]);
     }
-    const [service] = await views.listServices(trx, tenantId, body.name);
-    return { plan, service: service ?? null };
+    return plan;
   };
-  return transact(control.db, work).catch((error: unknown) => refuse({ control, caller }, body.name, error, body));
+  const plan = await transact(control.db, work).catch((error: unknown) => refuse({ control, caller }, body.name, error, body));
+  const [service] = await views.listServices(control.db, tenantId, body.name);
+  return { plan, service: service ?? null };
 };
 
 export const stopService: Handler<"stopService"> = (request) => change(request, "service.stopped", stop);

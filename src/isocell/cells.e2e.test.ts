@@ -141,8 +141,11 @@ describe.each(drivers)("a cell on %s", (_, vmm) => {
     await expect(first.reattach(cellId)).rejects.toMatchObject({ code: "UNAVAILABLE" });
     await expect(first.start(bench.spec("true"))).rejects.toMatchObject({ code: "UNAVAILABLE" });
 
+    // The VMM's process leaves its name a moment after `start` returned.
+    await expect.poll(async () => await findVmm(join(bench.folder, "cells", cellId)), { timeout: 10_000 }).toBeDefined();
     const seen = record();
     const cell = await cells.reattach(cellId, seen.handlers);
+    expect(cell).toBeDefined();
     await seen.started;
     expect(await outputOf((await cell?.exec({ argv: ["echo", "here"], tty: false }))!)).toBe("here\n");
     await cells.remove(cellId);

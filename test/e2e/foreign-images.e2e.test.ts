@@ -75,6 +75,7 @@ describe("Debian's own packages", () => {
       "--config.cmd=redis-server",
       "--config.cmd=--bind",
       "--config.cmd=*",
+      "--config.cmd=-::*",
       "--config.cmd=--protected-mode",
       "--config.cmd=no",
     ]);
@@ -93,8 +94,10 @@ describe("Debian's own packages", () => {
       "listen_addresses=*",
       "-c",
       "hba_file=/tmp/hba",
+      "-c",
+      "unix_socket_directories=/tmp",
     ];
-    const start = `echo 'host all all all trust' > /tmp/hba; mkdir -p /run/postgresql; exec ${server} ${flags.map((flag) => `'${flag}'`).join(" ")}`;
+    const start = `echo 'host all all all trust' > /tmp/hba; exec ${server} ${flags.map((flag) => `'${flag}'`).join(" ")}`;
     await makeImage("postgres", "postgresql-15", ["--config.user=postgres", "--config.cmd=sh", "--config.cmd=-c", `--config.cmd=${start}`]);
     await deploy("postgres", published(2, 5432));
     const ask = (sql: string): Promise<string> =>

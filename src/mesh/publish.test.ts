@@ -159,7 +159,7 @@ describe("after a kill of the agent", () => {
     const found = listPublished(cell.stateDir).find(({ publishedPort }) => publishedPort === port);
     const pidfd = pidfdOpen(found!.pid)!;
     await unpublish(cell.attachment.cellId, cell.stateDir, port);
-    expect(await waitForExit(pidfd, 0)).toBe(true);
+    expect(await waitForExit(pidfd, 1000)).toBe(true); // tells at once of one that is gone
     closeSync(pidfd);
   });
 

@@ -1,5 +1,5 @@
 import { createReadStream } from "node:fs";
-import { stat } from "node:fs/promises";
+import { open, stat } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { extract, type Header } from "tar-stream";
 import { z } from "zod";
@@ -88,14 +88,14 @@ async function importDocument(digest: string, blobs: LayoutBlobs, store: ImageSt
 /** Reads the source to its end also when the store has the blob: a changed layout must not pass because of an older one. */
 async function importBlob(digest: string, path: string, store: ImageStore, maxBytes: number): Promise<void> {
   if (path === store.blobPath(digest)) return; // hashed on its way in from the archive
-  const source = createReadStream(path, { highWaterMark: 256 * 1024 }) as AsyncIterable<Buffer>;
   try {
-    await store.putBlob(digest, source, { maxBytes });
+    const source = (await open(path, "r")).createReadStream({ highWaterMark: 256 * 1024 });
+    await store.putBlob(digest, source as AsyncIterable<Buffer>, { maxBytes });
   } catch (error) {
-    const cause = error instanceof ForgeError ? error.cause : undefined;
-    if (errnoOf(cause) === "ENOENT") throw new ForgeError("IMAGE_CORRUPT", `the layout lacks the blob ${digest}`);
-    if (error instanceof ForgeError && error.code === "IMAGE_CORRUPT")
+    if (errnoOf(error) === "ENOENT") throw new ForgeError("IMAGE_CORRUPT", `the layout lacks the blob ${digest}`);
+    if (error instanceof ForgeError && error.code === "IMAGE_CORRUPT") {
       throw new ForgeError(error.code, error.message, { details: { digest, path } });
+    }
     throw error;
   }
 }

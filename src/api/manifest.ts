@@ -22,7 +22,8 @@ export const jurisdictionSchema = z
 export const memorySchema = z
   .string()
   .regex(/^[1-9][0-9]{0,6}(MiB|GiB)$/, "must be a whole number with the unit MiB or GiB, such as 256MiB")
-  .refine((text) => inRange(memoryBytes(text), 64 * mebibyte, 1024 * 1024 * mebibyte), "must be between 64MiB and 1024GiB");
+  // Below this the guest's kernel has no room to boot.
+  .refine((text) => inRange(memoryBytes(text), 96 * mebibyte, 1024 * 1024 * mebibyte), "must be between 96MiB and 1024GiB");
 
 /** `500ms`, `10s`, `5m`. */
 export const durationSchema = z

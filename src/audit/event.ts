@@ -32,7 +32,7 @@ export const eventKinds = {
   "trust.removed": { meaning: "The tenant no longer trusts a key for image signatures.", details: { fingerprint: "9f86d081884c7d65" } },
   "image.admitted": {
     meaning: "An image's signature was verified against the tenant's trusted keys.",
-    details: { digest: "sha256:2c26b46b68ffc68f", reference: "web:1", signedBy: "release" },
+    details: { digest: "sha256:2c26b46b68ffc68f", reference: "web:1", signedBy: "release", sizeBytes: 67673444 },
   },
   "image.refused": {
     meaning: "An image was refused before anything of it was unpacked.",
@@ -92,7 +92,10 @@ export const eventKinds = {
     details: { measurement: "sha256:fcde2b2edba56bf4" },
   },
   "cell.exited": { meaning: "The cell's program ended without having been asked to.", details: { exitStatus: 1 } },
-  "cell.restarting": { meaning: "The cell will be started again after a pause.", details: { restarts: 2, delayMs: 4000 } },
+  "cell.restarting": {
+    meaning: "The cell will be started again after a pause.",
+    details: { restarts: 2, delayMs: 4000, reason: "the entrypoint exited with status 1" },
+  },
   "cell.stopped": {
     meaning: "The cell was stopped as desired and nothing of it is left running.",
     details: { exitStatus: 0, graceful: true },

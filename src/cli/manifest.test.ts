@@ -50,7 +50,7 @@ describe("parseManifest", () => {
     ["memory: 2GB", 13, "services.web.memory", "write 2GiB"],
     ["memory: 256", 13, "services.web.memory", "give the unit: 256MiB"],
     ["memory: 268435456", 13, "services.web.memory", "256MiB"],
-    ["memory: 1MiB", 13, "services.web.memory", "between 64MiB and 1024GiB"],
+    ["memory: 1MiB", 13, "services.web.memory", "between 96MiB and 1024GiB"],
     ["stopTimeout: 10", 18, "services.web.stopTimeout", "give the unit: 10s"],
     ["stopTimeout: 10 sec", 18, "services.web.stopTimeout", "write 10s"],
     ["stopTimeout: 1h", 18, "services.web.stopTimeout", "write 60m"],

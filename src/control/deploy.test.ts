@@ -90,7 +90,7 @@ describe("apply", () => {
       body: plane.apply("web", image, { memory: "128MiB", env: { SECRET: "new" } }, { dryRun: true }),
     });
     expect(plan).toMatchObject({ action: "update", revision: 2 });
-    expect(plan.changes).toEqual(expect.arrayContaining(["memory: 64MiB -> 128MiB", "env: SECRET changed"]));
+    expect(plan.changes).toEqual(expect.arrayContaining(["memory: 96MiB -> 128MiB", "env: SECRET changed"]));
     expect(JSON.stringify(plan)).not.toContain("hush");
     expect((await get("web")).revision).toBe(1);
     expect((await client.call("applyService", { body: plane.apply("web", image, { env: { SECRET: "hush" } }) })).plan.action).toBe(
@@ -284,7 +284,7 @@ describe("reports", () => {
     await report("stopped");
     expect(await room()).toBe(1024);
     await report("running");
-    expect(await room()).toBe(1024 - 64);
+    expect(await room()).toBe(1024 - 96);
     expect(await failureOf(client.call("applyService", { body: plane.apply("two", image, { ports }) }))).toBe("PORT_TAKEN");
   });
 });

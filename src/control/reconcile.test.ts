@@ -47,7 +47,7 @@ function run(steps: readonly Step[], leaseMs = 15_000): Reconciler {
 
 async function deploy(): Promise<void> {
   const tenant = await plane.control.db.selectFrom("tenants").select("id").where("name", "=", "default").executeTakeFirstOrThrow();
-  const spec = serviceSpecSchema.parse({ memory: "64MiB" });
+  const spec = serviceSpecSchema.parse({ memory: "96MiB" });
   const request = { name: "web", jurisdiction: "de", imageDigest: image, imageReference: "test:1", spec, dryRun: false };
   await transact(plane.control.db, (trx) => applyService(trx, plane.control, tenant.id, request));
 }

@@ -135,7 +135,7 @@ export class TestControl {
 
   /** The body of an apply with everything at its default. */
   apply(name: string, imageDigest: string, change: Partial<ApplyService["spec"]> = {}, more: Partial<ApplyService> = {}): ApplyService {
-    return { name, jurisdiction: "de", imageDigest, imageReference: "test:1", spec: { memory: "64MiB", ...change }, ...more };
+    return { name, jurisdiction: "de", imageDigest, imageReference: "test:1", spec: { memory: "96MiB", ...change }, ...more };
   }
 }
 

@@ -1,9 +1,9 @@
 import { execa } from "execa";
 import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { createServer } from "node:net";
 import { release, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { styleText } from "node:util";
+import { freePorts } from "./free-ports.ts";
 import { newIn, takeInventory } from "./leaks.ts";
 
 /**
@@ -109,21 +109,4 @@ function sayWhatNext(place: Place): void {
     "./forge down",
   ];
   for (const line of lines) console.log(`  ${line}`);
-}
-
-/** Ports nobody listens on now. */
-async function freePorts(count: number): Promise<number[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer();
-      await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-      return server;
-    }),
-  );
-  const ports = servers.map((server) => {
-    const address = server.address();
-    return typeof address === "object" && address !== null ? address.port : 0;
-  });
-  for (const server of servers) server.close();
-  return ports;
 }

@@ -4,7 +4,8 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import type { Cell, Event, Service } from "../../src/api/resources.ts";
 import { writeBusyboxImage } from "../support/busybox-image.ts";
-import { eventually, freePorts, Runtime } from "../support/runtime.ts";
+import { eventually, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /** The main job through the real command line: one runtime, real microVMs. */
 

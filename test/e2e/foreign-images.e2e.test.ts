@@ -4,7 +4,8 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { run } from "../../src/base/exec.ts";
-import { eventually, freePorts, Runtime } from "../support/runtime.ts";
+import { eventually, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /**
  * Images nobody here wrote: Debian's nginx, PostgreSQL and redis, made into OCI images by mmdebstrap and umoci. They

@@ -4,7 +4,8 @@ import { run } from "../../src/base/exec.ts";
 import type { Cell } from "../../src/api/resources.ts";
 import { writeBusyboxImage } from "../support/busybox-image.ts";
 import { Internet } from "../support/internet.ts";
-import { eventually, freePorts, Runtime } from "../support/runtime.ts";
+import { eventually, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /**
  * From inside a cell: its own interface and nothing else. The host here is a network namespace with an uplink to an

@@ -3,7 +3,8 @@ import { expect, test } from "vitest";
 import { newIn, takeInventory } from "../../tools/leaks.ts";
 import type { Cell } from "../../src/api/resources.ts";
 import { writeBusyboxImage } from "../support/busybox-image.ts";
-import { eventually, freePorts, Runtime } from "../support/runtime.ts";
+import { eventually, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /**
  * Nothing is left behind: not by a deploy and its stop, not by a kill of the VMM, not by a kill of the agent at any

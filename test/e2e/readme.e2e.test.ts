@@ -2,7 +2,8 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { run } from "../../src/base/exec.ts";
-import { freePorts, Runtime } from "../support/runtime.ts";
+import { Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /** The README's commands do what it says, word for word; only the folder and the ports are this test's own. */
 

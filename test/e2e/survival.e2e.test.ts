@@ -2,7 +2,8 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import type { Cell } from "../../src/api/resources.ts";
 import { writeBusyboxImage } from "../support/busybox-image.ts";
-import { eventually, freePorts, Runtime } from "../support/runtime.ts";
+import { eventually, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /** Agent and control plane may die at any time: cells keep answering, and what is told of them is soon right again. */
 
@@ -34,11 +35,11 @@ async function allAnswer(): Promise<void> {
 }
 
 describe("kill -9", () => {
-  test.each([["agent"], ["control"], ["agent", "control"]] as const)(
-    "of %s %s: cells answer, and ps is right within 5 s of the restart",
-    async (...killed) => {
+  test.each([{ killed: ["agent"] }, { killed: ["control"] }, { killed: ["agent", "control"] }] as const)(
+    "of $killed: cells answer, and ps is right within 5 s of the restart",
+    async ({ killed }) => {
       const before = await running();
-      for (const name of killed) if (name !== undefined) process.kill(await runtime.pid(name), "SIGKILL");
+      for (const name of killed) process.kill(await runtime.pid(name), "SIGKILL");
       await allAnswer();
       await runtime.up();
       const restarted = Date.now();

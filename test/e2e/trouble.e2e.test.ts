@@ -6,7 +6,8 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { run } from "../../src/base/exec.ts";
 import type { Cell } from "../../src/api/resources.ts";
 import { writeBusyboxImage } from "../support/busybox-image.ts";
-import { eventually, freePorts, type ForgeResult, Runtime } from "../support/runtime.ts";
+import { eventually, type ForgeResult, Runtime } from "../support/runtime.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 /** What goes wrong is told in one sentence with a stable code and the documented exit status; and then it goes on. */
 

@@ -1,10 +1,10 @@
 import { execa } from "execa";
 import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { stringify } from "yaml";
 import { childEnvironment } from "../../src/base/exec.ts";
+import { freePorts } from "../../tools/free-ports.ts";
 
 const root = dirname(dirname(import.meta.dirname));
 
@@ -109,23 +109,6 @@ export class Runtime {
     );
     return texts.map((text) => text.split("\n").slice(-15).join("\n")).join("\n---\n");
   }
-}
-
-/** Ports nobody listens on now. */
-export async function freePorts(count: number): Promise<number[]> {
-  const servers = await Promise.all(
-    Array.from({ length: count }, async () => {
-      const server = createServer();
-      await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-      return server;
-    }),
-  );
-  const ports = servers.map((server) => {
-    const address = server.address();
-    return typeof address === "object" && address !== null ? address.port : 0;
-  });
-  for (const server of servers) server.close();
-  return ports;
 }
 
 /** Runs until it gives something else than undefined; the last failure is told when time is up. */

@@ -218,7 +218,7 @@ describe("the repository speaks of the product alone", () => {
     expect(watched.flatMap((file) => linesMatching(file, machine))).toEqual([]);
   });
 
-  test("the lock names no registry but npm's own", () => {
+  test("the lock names no registry", () => {
     const hosts = new Set(
       [...(texts.get("package-lock.json") ?? "").matchAll(/"resolved": "https?:\/\/([^/"]+)/g)].map(([, host]) => host),
     );

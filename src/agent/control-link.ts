@@ -1,10 +1,10 @@
 import type { IncomingMessage } from "node:http";
-import { Agent, request } from "node:https";
+import { Agent } from "node:https";
 import { WebSocket } from "ws";
 import type { z } from "zod";
 import { type CellReport, type DesiredState, nodeRoutes, type NodeFacts } from "../api/node.ts";
 import type { ChainEntry } from "../audit/index.ts";
-import { errnoOf, ForgeError } from "../base/errors.ts";
+import { type CallOptions, callTimeoutMs, readJson, send } from "./https-call.ts";
 
 /** How a node proves itself, and whom it believes. PEM texts. */
 export interface LinkCredentials {
@@ -13,8 +13,7 @@ export interface LinkCredentials {
   readonly privateKeyPem: string;
 }
 
-const answerBytesMax = 64 * 1024 * 1024;
-const callTimeoutMs = 30_000;
+type Bounds = Pick<CallOptions, "signal" | "timeoutMs">;
 
 /** The node's side of src/api/node.ts: every call dials the control plane over mutual TLS 1.3. */
 export class ControlLink {
@@ -70,59 +69,11 @@ export class ControlLink {
     this.#connections.destroy();
   }
 
-  async #call<S extends z.ZodType>(
-    method: string,
-    path: string,
-    schema: S,
-    body?: unknown,
-    options: CallOptions = {},
-  ): Promise<z.output<S>> {
-    const response = await this.#send(method, path, body === undefined ? undefined : JSON.stringify(body), options);
-    return schema.parse(JSON.parse(await readText(response)));
+  async #call<S extends z.ZodType>(method: string, path: string, schema: S, body?: unknown, options: Bounds = {}): Promise<z.output<S>> {
+    return schema.parse(await readJson(await this.#send(method, path, body, options)));
   }
 
-  async #send(method: string, path: string, body: string | undefined, options: CallOptions): Promise<IncomingMessage> {
-    const headers = body === undefined ? {} : { "content-type": "application/json", "content-length": Buffer.byteLength(body) };
-    const timeout = options.timeoutMs ?? callTimeoutMs;
-    const signal = options.signal === undefined ? {} : { signal: options.signal };
-    const response = await new Promise<IncomingMessage>((resolve, reject) => {
-      const outgoing = request(new URL(path, this.#url), { method, headers, agent: this.#connections, timeout, ...signal }, resolve);
-      outgoing.on("timeout", () => outgoing.destroy(new ForgeError("TIMEOUT", `the control plane did not answer within ${timeout} ms`)));
-      outgoing.on("error", (error) => reject(describe(error)));
-      outgoing.end(body);
-    });
-    if (response.statusCode !== undefined && response.statusCode >= 200 && response.statusCode < 300) return response;
-    throw parseFailure(await readText(response), response.statusCode ?? 0);
+  #send(method: string, path: string, body: unknown, options: Bounds): Promise<IncomingMessage> {
+    return send(new URL(path, this.#url), { method, agent: this.#connections, body, ...options });
   }
-}
-
-interface CallOptions {
-  readonly signal?: AbortSignal;
-  readonly timeoutMs?: number;
-}
-
-function describe(error: Error): Error {
-  if (error instanceof ForgeError || error.name === "AbortError") return error;
-  return new ForgeError("UNAVAILABLE", `the control plane cannot be reached: ${errnoOf(error) ?? error.message}`, { cause: error });
-}
-
-async function readText(response: IncomingMessage): Promise<string> {
-  const chunks: Buffer[] = [];
-  let sizeBytes = 0;
-  for await (const chunk of response as AsyncIterable<Buffer>) {
-    sizeBytes += chunk.length;
-    if (sizeBytes > answerBytesMax) throw new ForgeError("TOO_LARGE", "the control plane's answer is beyond its bound");
-    chunks.push(chunk);
-  }
-  return Buffer.concat(chunks).toString("utf8");
-}
-
-function parseFailure(text: string, status: number): ForgeError {
-  try {
-    const body = JSON.parse(text) as { code: string; message: string; details?: Record<string, unknown> };
-    if (typeof body.code === "string" && typeof body.message === "string") return ForgeError.fromBody(body);
-  } catch {
-    // not JSON: said below
-  }
-  return new ForgeError("UNAVAILABLE", `the control plane answered ${status}`);
 }

@@ -1,11 +1,12 @@
 import { readFile } from "node:fs/promises";
-import { request } from "node:https";
+import { Agent } from "node:https";
 import { join } from "node:path";
 import { type NodeFacts, nodeRoutes } from "../api/node.ts";
 import { readIfExists, removeDurable, writeDurable } from "../base/durable.ts";
-import { errnoOf, ForgeError } from "../base/errors.ts";
+import { ForgeError } from "../base/errors.ts";
 import { createCsr } from "../mesh/index.ts";
 import type { LinkCredentials } from "./control-link.ts";
+import { readJson, send } from "./https-call.ts";
 
 export interface JoinOptions {
   /** The API's address, where a machine without a certificate may ask. */
@@ -54,23 +55,12 @@ async function readRequired(path: string, what: string): Promise<string> {
   }
 }
 
+/** The one call a node makes without a certificate. */
 async function post(url: URL, caPem: string, body: unknown): Promise<unknown> {
-  const { status, text } = await new Promise<{ status: number; text: string }>((resolve, reject) => {
-    const headers = { "content-type": "application/json" };
-    const outgoing = request(url, { method: "POST", headers, ca: caPem, minVersion: "TLSv1.3", timeout: 30_000 }, (response) => {
-      response.setEncoding("utf8");
-      let received = "";
-      response.on("data", (chunk: string) => (received += chunk));
-      response.on("end", () => resolve({ status: response.statusCode ?? 0, text: received }));
-      response.on("error", reject);
-    });
-    outgoing.on("timeout", () => outgoing.destroy(new ForgeError("TIMEOUT", "the region did not answer the join")));
-    outgoing.on("error", (error) =>
-      reject(new ForgeError("UNAVAILABLE", `the region cannot be reached: ${errnoOf(error) ?? error.message}`, { cause: error })),
-    );
-    outgoing.end(JSON.stringify(body));
-  });
-  const answer: unknown = JSON.parse(text);
-  if (status >= 200 && status < 300) return answer;
-  throw ForgeError.fromBody(answer as { code: string; message: string });
+  const agent = new Agent({ ca: caPem, minVersion: "TLSv1.3" });
+  try {
+    return await readJson(await send(url, { method: "POST", agent, body }));
+  } finally {
+    agent.destroy();
+  }
 }

@@ -8,6 +8,7 @@ import { ForgeError, toForgeError } from "../base/errors.ts";
 import { createLogger, type Logger } from "../base/log.ts";
 import { chooseVmm, IsoCells, type Vmm } from "../isocell/index.ts";
 import { detach, gatewayAddress, listAttachments, listPublished, recover, unpublish } from "../mesh/index.ts";
+import { Backoff } from "./backoff.ts";
 import { CellRunner, type RunnerTools } from "./cell-runner.ts";
 import { ControlLink } from "./control-link.ts";
 import { CpuPool, offeredMemoryMib, onlineCpus } from "./cpus.ts";
@@ -36,7 +37,6 @@ export interface AgentOptions {
 }
 
 const longPollMs = 25_000;
-const retryMsLeast = 200;
 const retryMsMost = 5000;
 
 /**
@@ -188,7 +188,7 @@ export class NodeAgent {
 
   /** Greets, then asks again and again for what is desired; the answer waits until there is something new. */
   async #follow(signal: AbortSignal): Promise<void> {
-    let retryMs = retryMsLeast;
+    const backoff = new Backoff(systemClock, retryMsMost);
     let generation = -1;
     let greeted = false;
     while (!signal.aborted) {
@@ -202,13 +202,15 @@ export class NodeAgent {
         if (desired.generation !== generation) await this.#apply(desired);
         generation = desired.generation;
         this.#sessions.begin(desired.sessions);
-        retryMs = retryMsLeast;
+        backoff.reset();
       } catch (error) {
         if (signal.aborted) return;
         greeted = false;
-        this.#log.warn({ err: toForgeError(error).message, retryMs }, "the control plane does not answer; cells keep running");
-        await systemClock.sleep(retryMs, signal).catch(() => undefined); // aborted: the loop ends
-        retryMs = Math.min(retryMs * 2, retryMsMost);
+        this.#log.warn(
+          { err: toForgeError(error).message, retryMs: backoff.nextMs },
+          "the control plane does not answer; cells keep running",
+        );
+        await backoff.pause(signal);
       }
     }
   }

@@ -2,15 +2,15 @@ import type { CellReport } from "../api/node.ts";
 import type { Clock } from "../base/clock.ts";
 import { toForgeError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
+import { Backoff } from "./backoff.ts";
 import type { ControlLink } from "./control-link.ts";
 
-const retryMsLeast = 200;
 const retryMsMost = 5000;
 
 /** Tells the control plane what became of each cell: at once, one request at a time, changes in between coalesced. */
 export class Reporter {
   readonly #link: ControlLink;
-  readonly #clock: Clock;
+  readonly #backoff: Backoff;
   readonly #log: Logger;
   readonly #reports: () => CellReport[];
   readonly #changed = new Set<string>();
@@ -20,7 +20,7 @@ export class Reporter {
   /** `reports` gives the present state of every cell. */
   constructor(link: ControlLink, clock: Clock, log: Logger, reports: () => CellReport[]) {
     this.#link = link;
-    this.#clock = clock;
+    this.#backoff = new Backoff(clock, retryMsMost);
     this.#log = log;
     this.#reports = reports;
   }
@@ -38,18 +38,16 @@ export class Reporter {
 
   async run(signal: AbortSignal): Promise<void> {
     signal.addEventListener("abort", () => this.#wake.resolve(), { once: true });
-    let retryMs = retryMsLeast;
     while (!signal.aborted) {
       await this.#wake.promise;
       this.#wake = Promise.withResolvers();
       if (signal.aborted) return;
       try {
         await this.flush();
-        retryMs = retryMsLeast;
+        this.#backoff.reset();
       } catch (error) {
-        this.#log.warn({ err: toForgeError(error).message, retryMs }, "the control plane did not take a report");
-        await this.#clock.sleep(retryMs, signal).catch(() => undefined); // aborted: the loop ends
-        retryMs = Math.min(retryMs * 2, retryMsMost);
+        this.#log.warn({ err: toForgeError(error).message, retryMs: this.#backoff.nextMs }, "the control plane did not take a report");
+        await this.#backoff.pause(signal);
         this.reportAll(); // whatever was lost, the whole list holds it
       }
     }

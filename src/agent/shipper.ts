@@ -2,24 +2,24 @@ import type { Spool } from "../audit/index.ts";
 import type { Clock } from "../base/clock.ts";
 import { toForgeError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
+import { Backoff } from "./backoff.ts";
 import type { ControlLink } from "./control-link.ts";
 
 const batchEntries = 500;
-const retryMsLeast = 200;
 const retryMsMost = 10_000;
 
 /** Carries the node's spool to the region's log: in order, each entry until it is acknowledged. Woken, never polling. */
 export class Shipper {
   readonly #spool: Spool;
   readonly #link: ControlLink;
-  readonly #clock: Clock;
+  readonly #backoff: Backoff;
   readonly #log: Logger;
   #wake: (() => void) | undefined;
 
   constructor(spool: Spool, link: ControlLink, clock: Clock, log: Logger) {
     this.#spool = spool;
     this.#link = link;
-    this.#clock = clock;
+    this.#backoff = new Backoff(clock, retryMsMost);
     this.#log = log;
   }
 
@@ -29,16 +29,17 @@ export class Shipper {
   }
 
   async run(signal: AbortSignal): Promise<void> {
-    let retryMs = retryMsLeast;
     while (!signal.aborted) {
       try {
         if (!(await this.#shipBatch())) await this.#sleepUntilWoken(signal);
-        retryMs = retryMsLeast;
+        this.#backoff.reset();
       } catch (error) {
         if (signal.aborted) return;
-        this.#log.warn({ err: toForgeError(error).message, retryMs }, "the region's log did not take the node's events");
-        await this.#clock.sleep(retryMs, signal).catch(() => undefined); // aborted: the loop ends
-        retryMs = Math.min(retryMs * 2, retryMsMost);
+        this.#log.warn(
+          { err: toForgeError(error).message, retryMs: this.#backoff.nextMs },
+          "the region's log did not take the node's events",
+        );
+        await this.#backoff.pause(signal);
       }
     }
   }
